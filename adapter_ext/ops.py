@@ -1,28 +1,533 @@
-"""TEMPORARY: forwards to the reference until the native ops land (same signatures)."""
+"""The ops: :func:`linear_adapter` and :func:`route`, differentiable and compilable.
+
+The native kernels are ``torch.ops.adapter_ext.*`` (schemas in ``csrc/library_cpu.cpp``). Eager code
+reaches them through a ``torch.autograd.Function`` below autograd, torch.compile through the
+formula registered with ``torch.library``: both share one backward, but the registered one costs
+some 85 us a call in eager mode.
+"""
+
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adapter_ext import reference
+from adapter_ext import _library, reference  # noqa: F401  (_library loads the ops)
 from adapter_ext.types import AdapterWeights, Routing
+
+__all__ = ["linear_adapter", "route"]
+
+_native = torch.ops.adapter_ext
+_forward = _native.linear_adapter_forward.default
+_backward = _native.linear_adapter_backward.default
+_route = _native.route.default
+
+# The values of the enumerations in csrc/common/problem.h.
+_ACTIVATIONS = {
+    "identity": 0,
+    "hardtanh": 1,
+    "relu": 2,
+    "selu": 3,
+    "swish": 4,
+    "silu": 4,
+    "gelu": 5,
+    "gelu_tanh": 6,
+}
+_NORM_POSITIONS = {"pre": 0, "post": 1}
+_DEPTH_MODES = {"call": 0, "sample": 1}
+_OPERAND_TYPES = {torch.bfloat16: 2, torch.float16: 3}
+_NOT_ROUNDED = -1
+
+
+class _Options(NamedTuple):
+    """The options of the native ops, in the order of their schemas."""
+
+    activation: int
+    norm_position: int
+    eps: float
+    dropout: float
+    stochastic_depth: float
+    depth_mode: int
+    residual: bool
+    l2_lambda: Tensor | None
+    seed: Tensor | None
+    compute_type: int
 
 
 def route(ids: Tensor, num_adapters: int) -> Routing:
-    return reference.route(ids, num_adapters)
+    """Sorts the samples of a batch by adapter, once for all layers that share the routing.
+
+    Args:
+        ids: int64 of any shape, each in [-1, num_adapters): the adapter of each sample, -1 = none.
+            ``[B]`` routes the samples of ``x`` ``[B, ..., D]``, ``[B, T]`` the rows of
+            ``[B, T, D]``.
+        num_adapters: number of adapters A.
+
+    Returns:
+        The routing, on the device of ``ids``, made without a host synchronisation on CUDA.
+
+    Raises:
+        TypeError: ``ids`` is no tensor.
+        RuntimeError: ``ids`` is not int64, or holds a value out of range.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"route: ids: expected an int64 tensor, got {type(ids).__name__}")
+    order, offsets = _route(ids, num_adapters)
+    return Routing(ids, order, offsets)
 
 
 def linear_adapter(
-    x: Tensor, weights: AdapterWeights, routing: Routing | None = None, *,
-    activation: str = "swish", norm_position: str = "pre", eps: float = 1e-5,
-    dropout: float = 0.0, stochastic_depth: float = 0.0, stochastic_depth_mode: str = "call",
-    l2_lambda: float | Tensor = 0.0, residual: bool = True, training: bool = False,
-    seed: Tensor | None = None, compute_dtype: torch.dtype | None = None,
+    x: Tensor,
+    weights: AdapterWeights,
+    routing: Routing | None = None,
+    *,
+    activation: str = "swish",
+    norm_position: str = "pre",
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
+    stochastic_depth_mode: str = "call",
+    l2_lambda: float | Tensor = 0.0,
+    residual: bool = True,
+    training: bool = False,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if seed is None and training and (dropout > 0 or stochastic_depth > 0):
-        seed = torch.empty((), dtype=torch.int64, device=x.device).random_()
-    return reference.linear_adapter(
-        x, weights, routing, activation=activation, norm_position=norm_position, eps=eps,
-        dropout=dropout, stochastic_depth=stochastic_depth,
-        stochastic_depth_mode=stochastic_depth_mode, l2_lambda=l2_lambda, residual=residual,
-        training=training, seed=seed, compute_dtype=compute_dtype)
+    """Bottleneck adapters with a layer norm, a batch of which every row may use its own.
+
+    ::
+
+        pre:  o = up · act(down · LN(x))        post:  o = LN(up · act(down · x))
+        d = s · m ⊙ o                           y = x + d  (y = m ⊙ o without the residual)
+        aux[a] = l2_lambda[a] / B_a · Σ over the rows of a of ||d||²
+
+    with m the dropout mask over its keep probability, s the stochastic depth draw over its keep
+    probability, B_a the number of samples of adapter a. Differentiable twice in ``x`` and all
+    weights. :mod:`adapter_ext.reference` is the definition, and names its sources.
+
+    The same inputs give the same bits on any number of threads, and a row of y does not depend on
+    the other rows of the batch. Sums are in float32, or in float64 for float64 ``x``.
+
+    Args:
+        x: ``[..., D]``, float64, float32, bfloat16 or float16. Copied where not contiguous.
+        weights: the weights of A adapters, of the dtype of ``x`` or float32; the last dimension of
+            each has stride 1.
+        routing: which adapter each sample uses, from :func:`route`; a sample without one passes
+            through untouched. None: all rows use the one adapter there is, and a sample is an
+            ``x[i]``.
+        activation: identity, hardtanh, relu, selu, swish (silu), gelu (exact) or gelu_tanh.
+        norm_position: "pre" or "post".
+        eps: added to the norm's variance.
+        dropout: probability of dropping an element of o; in training only.
+        stochastic_depth: probability of dropping the adapter; in training only.
+        stochastic_depth_mode: "call" draws once for an adapter and call (as NeMo does), "sample"
+            once a sample.
+        l2_lambda: weight of the auxiliary loss, one for all or ``[A]``; in training only.
+        residual: False returns m ⊙ o itself.
+        training: whether dropout, stochastic depth and the auxiliary loss are on.
+        seed: int64, one element, on the device of ``x``: what masks and draws are a function of.
+            None takes one from torch's generator, and so follows ``torch.manual_seed``.
+        compute_dtype: bfloat16 or float16 rounds the operands of both products to it (what
+            autocast does); None and float32 do not.
+
+    Returns:
+        y, of the shape and dtype of ``x``, contiguous; and aux ``[A]``, float32 (float64 for
+        float64 ``x``), zero where an adapter has no samples.
+
+    Raises:
+        ValueError: an option is out of its range.
+        TypeError: an option is of the wrong Python type.
+        RuntimeError: a tensor has the wrong shape, dtype, device or layout.
+    """
+    arguments = _arguments(
+        x,
+        weights,
+        routing,
+        activation,
+        norm_position,
+        eps,
+        dropout,
+        stochastic_depth,
+        stochastic_depth_mode,
+        l2_lambda,
+        residual,
+        training,
+        seed,
+        compute_dtype,
+    )
+    if torch.compiler.is_compiling():
+        y, aux, *_ = _forward(*arguments, torch.is_grad_enabled())
+    elif torch.is_grad_enabled():
+        x, norm_weight, norm_bias, down, up, *rest = arguments
+        y, aux = _LinearAdapter.apply(tuple(rest), x, *norm_weight, *norm_bias, *down, *up)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, aux, _, _, _ = _forward(*arguments, False)
+    return y, aux
+
+
+def raw_forward_arguments(
+    x: Tensor, weights: AdapterWeights, routing: Routing | None = None, **options: Any
+) -> tuple[Any, ...]:
+    """The positional arguments of ``torch.ops.adapter_ext.linear_adapter_forward``, for tests.
+
+    Args:
+        x: as in :func:`linear_adapter`.
+        weights: likewise.
+        routing: likewise.
+        options: the keyword arguments of :func:`linear_adapter`.
+
+    Returns:
+        All arguments, the last one (``save``) True.
+    """
+    defaults = linear_adapter.__kwdefaults__
+    return (*_arguments(x, weights, routing, *{**defaults, **options}.values()), True)
+
+
+def _as_list(field: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    # The native ops take lists; one tensor of one dimension more is a stack.
+    return [field] if isinstance(field, Tensor) else list(field)
+
+
+def _arguments(
+    x: Tensor,
+    weights: AdapterWeights,
+    routing: Routing | None,
+    activation: str,
+    norm_position: str,
+    eps: float,
+    dropout: float,
+    stochastic_depth: float,
+    stochastic_depth_mode: str,
+    l2_lambda: float | Tensor,
+    residual: bool,
+    training: bool,
+    seed: Tensor | None,
+    compute_dtype: torch.dtype | None,
+) -> tuple[Any, ...]:
+    """Checks options, and gives the arguments that both native ops share."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"linear_adapter: x: expected a tensor, got {type(x).__name__}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"linear_adapter: dropout: expected a value in [0, 1], got {dropout}")
+    if not 0.0 <= stochastic_depth <= 1.0:
+        raise ValueError(
+            f"linear_adapter: stochastic_depth: expected a value in [0, 1], got {stochastic_depth}"
+        )
+    if not 0.0 < eps < math.inf:
+        raise ValueError(f"linear_adapter: eps: expected a finite value above 0, got {eps}")
+    has_l2 = isinstance(l2_lambda, Tensor) or l2_lambda != 0.0
+    if not residual and (stochastic_depth > 0.0 or has_l2):
+        raise ValueError(
+            "linear_adapter: stochastic_depth and l2_lambda are about the residual: expected 0 for "
+            f"both with residual=False, got {stochastic_depth} and {l2_lambda}"
+        )
+    norm_weight, norm_bias, down, up = (_as_list(field) for field in weights)
+    if not training:
+        dropout = stochastic_depth = 0.0
+        has_l2 = False
+    elif has_l2:
+        l2_lambda = _l2_lambdas(l2_lambda, x, down)
+    draws = dropout > 0.0 or stochastic_depth > 0.0
+    if seed is not None and not (isinstance(seed, Tensor) and seed.dtype == torch.int64):
+        got = seed.dtype if isinstance(seed, Tensor) else f"{type(seed).__name__} {seed}"
+        raise TypeError(f"linear_adapter: seed: expected an int64 tensor, got {got}")
+    if not draws:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    if routing is None:
+        order = offsets = None
+    else:
+        ids, order, offsets = routing
+        if ids.ndim >= max(x.ndim, 1) or x.shape[: ids.ndim] != ids.shape:
+            raise RuntimeError(
+                "linear_adapter: routing: expected ids of the leading dimensions of x, "
+                f"{tuple(x.shape)}, got ids of shape {tuple(ids.shape)}"
+            )
+    return (
+        x,
+        norm_weight,
+        norm_bias,
+        down,
+        up,
+        order,
+        offsets,
+        _code("activation", activation, _ACTIVATIONS),
+        _code("norm_position", norm_position, _NORM_POSITIONS),
+        eps,
+        dropout,
+        stochastic_depth,
+        _code("stochastic_depth_mode", stochastic_depth_mode, _DEPTH_MODES),
+        residual,
+        l2_lambda if has_l2 else None,
+        seed,
+        _NOT_ROUNDED if compute_dtype is None else _operand_type(x, compute_dtype),
+    )
+
+
+def _code(argument: str, name: str, codes: dict[str, int]) -> int:
+    code = codes.get(name) if isinstance(name, str) else None
+    if code is None:
+        raise ValueError(
+            f"linear_adapter: {argument}: expected one of {', '.join(codes)}, got {name!r}"
+        )
+    return code
+
+
+def _operand_type(x: Tensor, compute_dtype: torch.dtype) -> int:
+    if compute_dtype == x.dtype or (compute_dtype == torch.float32 and x.dtype.itemsize == 2):
+        return _NOT_ROUNDED
+    if compute_dtype not in _OPERAND_TYPES:
+        raise ValueError(
+            "linear_adapter: compute_dtype: expected None, the dtype of x, torch.bfloat16 or "
+            f"torch.float16, got {compute_dtype} with x of {x.dtype}"
+        )
+    return _OPERAND_TYPES[compute_dtype]
+
+
+def _num_adapters(down: list[Tensor]) -> int:
+    stacked = len(down) == 1 and down[0].ndim == 3
+    return down[0].shape[0] if stacked else len(down)
+
+
+def _l2_lambdas(l2_lambda: float | Tensor, x: Tensor, down: list[Tensor]) -> Tensor:
+    dtype = _accumulate_dtype(x)
+    if not isinstance(l2_lambda, Tensor):
+        if not 0.0 <= l2_lambda < math.inf:
+            raise ValueError(
+                f"linear_adapter: l2_lambda: expected a finite value >= 0, got {l2_lambda}"
+            )
+        return torch.full((_num_adapters(down),), l2_lambda, dtype=dtype, device=x.device)
+    return l2_lambda.to(dtype)
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("adapter_ext::route")
+def _route_fake(ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor]:
+    torch._check(ids.dtype == torch.int64, lambda: f"route: ids: expected int64, got {ids.dtype}")
+    return ids.new_empty(ids.numel()), ids.new_empty(num_adapters + 1)
+
+
+@torch.library.register_fake("adapter_ext::linear_adapter_forward")
+def _forward_fake(
+    x: Tensor,
+    norm_weight: list[Tensor],
+    norm_bias: list[Tensor],
+    down: list[Tensor],
+    up: list[Tensor],
+    order: Tensor | None,
+    offsets: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(x, norm_weight, norm_bias, down, up, order, offsets)
+    save = options[-1]
+    dtype = _accumulate_dtype(x)
+    rows = math.prod(x.shape[:-1]) if save else 0
+    bottleneck = max((weight.shape[-2] for weight in down), default=0)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(_num_adapters(down), dtype=dtype),
+        x.new_empty((rows, bottleneck), dtype=dtype),
+        x.new_empty(rows, dtype=dtype),
+        x.new_empty(rows, dtype=dtype),
+    )
+
+
+def _check_devices(x: Tensor, *arguments: Sequence[Tensor] | Tensor | None) -> None:
+    for argument in arguments:
+        for tensor in [argument] if isinstance(argument, Tensor) else argument or ():
+            if tensor.device != x.device:
+                raise RuntimeError(
+                    f"linear_adapter: expected all tensors on the device of x, {x.device}, got "
+                    f"one on {tensor.device}"
+                )
+
+
+@torch.library.register_fake("adapter_ext::linear_adapter_backward")
+def _backward_fake(
+    grad_y: Tensor,
+    grad_aux: Tensor | None,
+    x: Tensor,
+    norm_weight: list[Tensor],
+    norm_bias: list[Tensor],
+    down: list[Tensor],
+    up: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    needed = rest[-1]
+    inputs = [x, *norm_weight, *norm_bias, *down, *up]
+    return [t.new_empty(t.shape) for t, flag in zip(inputs, needed, strict=True) if flag]
+
+
+class _Saved(NamedTuple):
+    """What the forward leaves for the backward; the tensors travel apart from the rest."""
+
+    x: Tensor
+    weights: list[Tensor]  # norm_weight, norm_bias, down, up, one after the other
+    order: Tensor | None
+    offsets: Tensor | None
+    hidden: Tensor
+    mean: Tensor
+    rstd: Tensor
+    options: _Options
+
+
+def _gradients(
+    saved: _Saved, grad_y: Tensor | None, grad_aux: Tensor | None, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of x and the weights, None where not needed."""
+    if grad_y is None:
+        grad_y = torch.zeros_like(saved.x)
+    flags = [int(flag) for flag in needed]
+    if torch.is_grad_enabled():  # the backward itself is to be differentiated
+        results = _differentiable_gradients(saved, grad_y, grad_aux, flags)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = _backward(
+                grad_y,
+                grad_aux,
+                saved.x,
+                *_split(saved.weights),
+                saved.order,
+                saved.offsets,
+                saved.hidden,
+                saved.mean,
+                saved.rstd,
+                *saved.options,
+                flags,
+            )
+    remaining = iter(results)
+    return [next(remaining) if flag else None for flag in flags]
+
+
+def _split(flat: list[Tensor]) -> list[list[Tensor]]:
+    count = len(flat) // 4
+    return [flat[i * count : (i + 1) * count] for i in range(4)]
+
+
+def _differentiable_gradients(
+    saved: _Saved, grad_y: Tensor, grad_aux: Tensor | None, flags: list[int]
+) -> list[Tensor]:
+    """The same through the reference, which autograd can differentiate again."""
+    # Aliases, so that a tensor that is passed twice has a gradient of its own for each.
+    inputs = [t.view_as(t) for t in (saved.x, *saved.weights)]
+    x, weights = inputs[0], _split(inputs[1:])
+    stacked = len(weights[0]) == 1 and weights[2][0].ndim == 3
+    fields = AdapterWeights(*(field[0] if stacked else field for field in weights))
+    options = saved.options
+    num_adapters = len(fields)
+    y, aux = reference.linear_adapter(
+        x,
+        fields,
+        _routing_from(saved, num_adapters),
+        activation=next(k for k, v in _ACTIVATIONS.items() if v == options.activation),
+        norm_position=next(k for k, v in _NORM_POSITIONS.items() if v == options.norm_position),
+        eps=options.eps,
+        dropout=options.dropout,
+        stochastic_depth=options.stochastic_depth,
+        stochastic_depth_mode=next(k for k, v in _DEPTH_MODES.items() if v == options.depth_mode),
+        l2_lambda=0.0 if options.l2_lambda is None else options.l2_lambda,
+        residual=options.residual,
+        training=True,
+        seed=options.seed,
+        compute_dtype=next(
+            (k for k, v in _OPERAND_TYPES.items() if v == options.compute_type), None
+        ),
+    )
+    wanted = [t for t, flag in zip(inputs, flags, strict=True) if flag]
+    grad_outputs = [grad_y, torch.zeros_like(aux) if grad_aux is None else grad_aux]
+    return list(
+        torch.autograd.grad(
+            [y, aux], wanted, grad_outputs, create_graph=True, materialize_grads=True
+        )
+    )
+
+
+def _routing_from(saved: _Saved, num_adapters: int) -> Routing | None:
+    if saved.order is None or saved.offsets is None:
+        return None
+    counts = saved.offsets.diff()
+    ids = torch.full_like(saved.order, -1)
+    adapters = torch.arange(num_adapters, device=ids.device).repeat_interleave(counts)
+    ids[saved.order[: adapters.numel()]] = adapters
+    return Routing(ids, saved.order, saved.offsets)
+
+
+class _LinearAdapter(torch.autograd.Function):
+    """Eager mode's way to the native ops."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *weights: Tensor) -> Any:
+        needed = ctx.needs_input_grad[1:]
+        save = True in needed
+        with torch._C._AutoDispatchBelowAutograd():
+            y, aux, hidden, mean, rstd = _forward(x, *_split(list(weights)), *rest, save)
+        if save:
+            order, offsets, *options = rest
+            ctx.options = options
+            ctx.save_for_backward(
+                x,
+                order,
+                offsets,
+                hidden,
+                mean,
+                rstd,
+                options[7],
+                options[8],
+                *weights,
+            )
+            ctx.set_materialize_grads(False)
+        return y, aux
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad_y, grad_aux = grads
+        return None, *_gradients(_unpack(ctx), grad_y, grad_aux, ctx.needs_input_grad[1:])
+
+
+def _unpack(ctx: Any) -> _Saved:
+    x, order, offsets, hidden, mean, rstd, l2_lambda, seed, *weights = ctx.saved_tensors
+    options = _Options(*ctx.options)._replace(l2_lambda=l2_lambda, seed=seed)
+    return _Saved(x, weights, order, offsets, hidden, mean, rstd, options)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, norm_weight, norm_bias, down, up, order, offsets, *options, _ = inputs
+    _, _, hidden, mean, rstd = output
+    ctx.options = options
+    ctx.save_for_backward(
+        x,
+        order,
+        offsets,
+        hidden,
+        mean,
+        rstd,
+        options[7],
+        options[8],
+        *norm_weight,
+        *norm_bias,
+        *down,
+        *up,
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _registered_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    needs_x, *needs_lists = ctx.needs_input_grad[:5]
+    needed = [needs_x, *(flag for flags in needs_lists for flag in flags)]
+    grad_x, *rest = _gradients(_unpack(ctx), grads[0], grads[1], needed)
+    count = len(rest) // 4
+    lists = [rest[i * count : (i + 1) * count] for i in range(4)]
+    return (grad_x, *lists, *(None,) * (len(ctx.needs_input_grad) - 5))
+
+
+torch.library.register_autograd(
+    "adapter_ext::linear_adapter_forward", _registered_backward, setup_context=_setup_context
+)

@@ -1,0 +1,90 @@
+// The activations and their derivatives, for scalars and vectors alike.
+//
+// `Math` supplies, for the value type V: exp, expm1, select(condition, V, V), splat(double) and
+// gaussian(V) -> {cdf, pdf} of the standard normal distribution. NaN in gives NaN out.
+#pragma once
+
+#include "common/macros.h"
+#include "common/problem.h"
+
+namespace adapter_ext {
+
+inline constexpr double kSeluScale = 1.0507009873554804934193349852946;
+inline constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
+inline constexpr double kSqrtTwoOverPi = 0.79788456080286535587989211986876;
+inline constexpr double kGeluCubic = 0.044715;
+
+template <class Math, class V>
+ADAPTER_EXT_HOST_DEVICE V sigmoid(V h) {
+  return Math::splat(1.0) / (Math::splat(1.0) + Math::exp(-h));
+}
+
+// act(h).
+template <Activation activation, class Math, class V>
+ADAPTER_EXT_HOST_DEVICE V activate(V h) {
+  const V zero = Math::splat(0.0), one = Math::splat(1.0);
+  if constexpr (activation == Activation::kIdentity) {
+    return h;
+  } else if constexpr (activation == Activation::kHardtanh) {
+    return Math::select(h < -one, -one, Math::select(h > one, one, h));
+  } else if constexpr (activation == Activation::kRelu) {
+    return Math::select(h <= zero, zero, h);
+  } else if constexpr (activation == Activation::kSelu) {
+    return Math::splat(kSeluScale) *
+           Math::select(h > zero, h, Math::splat(kSeluAlpha) * Math::expm1(h));
+  } else if constexpr (activation == Activation::kSwish) {
+    return h / (one + Math::exp(-h));
+  } else if constexpr (activation == Activation::kGelu) {
+    return h * Math::gaussian(h).cdf;
+  } else {
+    // 0.5 (1 + tanh u) = sigmoid(2 u), which does not cancel.
+    const V u = Math::splat(kSqrtTwoOverPi) * (h + Math::splat(kGeluCubic) * h * h * h);
+    return h * sigmoid<Math>(u + u);
+  }
+}
+
+// act'(h); at kinks the value that PyTorch's autograd uses.
+template <Activation activation, class Math, class V>
+ADAPTER_EXT_HOST_DEVICE V activation_derivative(V h) {
+  const V zero = Math::splat(0.0), one = Math::splat(1.0);
+  if constexpr (activation == Activation::kIdentity) {
+    return one;
+  } else if constexpr (activation == Activation::kHardtanh) {
+    return Math::select(h <= -one, zero, Math::select(h >= one, zero, one));
+  } else if constexpr (activation == Activation::kRelu) {
+    return Math::select(h <= zero, zero, one);
+  } else if constexpr (activation == Activation::kSelu) {
+    return Math::splat(kSeluScale) *
+           Math::select(h > zero, one, Math::splat(kSeluAlpha) * Math::exp(h));
+  } else if constexpr (activation == Activation::kSwish) {
+    const V s = sigmoid<Math>(h);
+    return s * (one + h * (one - s));
+  } else if constexpr (activation == Activation::kGelu) {
+    const auto normal = Math::gaussian(h);
+    return normal.cdf + h * normal.pdf;
+  } else {
+    const V square = h * h;
+    const V u = Math::splat(kSqrtTwoOverPi) * (h + Math::splat(kGeluCubic) * square * h);
+    const V slope =
+        Math::splat(kSqrtTwoOverPi) * (one + Math::splat(3.0 * kGeluCubic) * square);
+    const V s = sigmoid<Math>(u + u);
+    return s + h * s * (one - s) * (slope + slope);
+  }
+}
+
+// Calls `function` with the activation as a template argument.
+template <class Function>
+inline __attribute__((always_inline)) void dispatch_activation(Activation activation,
+                                                               Function&& function) {
+  switch (activation) {
+    case Activation::kIdentity: return function.template operator()<Activation::kIdentity>();
+    case Activation::kHardtanh: return function.template operator()<Activation::kHardtanh>();
+    case Activation::kRelu: return function.template operator()<Activation::kRelu>();
+    case Activation::kSelu: return function.template operator()<Activation::kSelu>();
+    case Activation::kSwish: return function.template operator()<Activation::kSwish>();
+    case Activation::kGelu: return function.template operator()<Activation::kGelu>();
+    case Activation::kGeluTanh: return function.template operator()<Activation::kGeluTanh>();
+  }
+}
+
+}  // namespace adapter_ext

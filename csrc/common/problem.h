@@ -1,0 +1,94 @@
+// The plain structs between bindings and kernels: pointers and sizes, no torch.
+//
+// Notation: x has `rows` rows of `hidden_size` elements, contiguous. A sample is what one routing
+// id governs: `rows_per_sample` consecutive rows. Adapter a has a bottleneck r. "Accumulate type"
+// is double for x of double, else float. The caller owns all memory; strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace adapter_ext {
+
+enum class DataType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+enum class Activation : int32_t { kIdentity, kHardtanh, kRelu, kSelu, kSwish, kGelu, kGeluTanh };
+enum class NormPosition : int32_t { kPre, kPost };
+enum class DepthMode : int32_t { kCall, kSample };
+
+// Which samples each adapter has.
+struct RoutingView {
+  const int64_t* order;    // [samples], sorted by adapter; null: all samples use adapter 0
+  const int64_t* offsets;  // [adapters + 1] into order; those from offsets[adapters] on have none
+  int64_t adapters;
+  int64_t samples;
+  int64_t rows_per_sample;
+};
+
+// One adapter's weights. Rows of `down` [r, D] and `up` [D, r] may be strided.
+struct AdapterView {
+  const void* norm_weight;  // [D]
+  const void* norm_bias;    // [D]
+  const void* down;         // [r, D]
+  const void* up;           // [D, r]
+  int64_t down_stride;
+  int64_t up_stride;
+  int64_t bottleneck;
+};
+
+// One adapter's gradients, contiguous, in the weights' type; null: not wanted.
+struct AdapterGradients {
+  void* norm_weight;
+  void* norm_bias;
+  void* down;
+  void* up;
+};
+
+// Adapters as one view each, or, for a bank of thousands, the first one's view and the distances
+// to the next (so that adapters without rows cost nothing).
+struct AdapterTable {
+  const AdapterView* list;  // [adapters], or null: stacked
+  AdapterView first;
+  int64_t norm_weight_step, norm_bias_step, down_step, up_step;  // in bytes
+};
+
+struct LinearAdapterProblem {
+  DataType data_type;     // of x and y
+  DataType weight_type;   // data_type or kFloat32
+  DataType operand_type;  // operands of the products are rounded to it; data_type: not rounded
+  Activation activation;
+  NormPosition norm_position;
+  DepthMode depth_mode;
+  bool residual;
+  double eps;
+  double dropout;           // probability; 0: none
+  double stochastic_depth;  // probability; 0: none
+  const int64_t* seed;      // one element; null where there is nothing to draw
+  int64_t rows;
+  int64_t hidden_size;
+  int64_t hidden_stride;  // of the saved bottleneck activations: the largest r
+  RoutingView routing;
+  AdapterTable adapters;
+  const void* l2_lambda;  // [adapters] in the accumulate type; null: no auxiliary loss
+};
+
+struct LinearAdapterForward : LinearAdapterProblem {
+  const void* x;  // [rows, D]
+  void* y;        // [rows, D]
+  void* aux;      // [adapters], accumulate type
+  // Saved for the backward, in the accumulate type; all null in inference.
+  void* hidden;  // [rows, hidden_stride], before the activation
+  void* mean;    // [rows]
+  void* rstd;    // [rows]
+};
+
+struct LinearAdapterBackward : LinearAdapterProblem {
+  const void* x;         // [rows, D]
+  const void* grad_y;    // [rows, D]
+  const void* grad_aux;  // [adapters], accumulate type; null: zero
+  const void* hidden;
+  const void* mean;
+  const void* rstd;
+  void* grad_x;                       // [rows, D]; null: not wanted
+  const AdapterGradients* gradients;  // [adapters]
+};
+
+}  // namespace adapter_ext

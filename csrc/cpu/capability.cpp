@@ -1,0 +1,116 @@
+#include "cpu/capability.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu/linear_adapter.h"
+
+// Each level's copy of the kernels; see kernels.h.
+#define ADAPTER_EXT_DECLARE_LEVEL(level)                                                        \
+  namespace adapter_ext::cpu::level {                                                           \
+  void linear_adapter_forward(const LinearAdapterForward& problem, const Parallel& parallel);   \
+  void linear_adapter_backward(const LinearAdapterBackward& problem, const Parallel& parallel); \
+  double fma_loop(int64_t iterations);                                                          \
+  }
+ADAPTER_EXT_DECLARE_LEVEL(baseline)
+#if defined(ADAPTER_EXT_X86_LEVELS)
+ADAPTER_EXT_DECLARE_LEVEL(avx2)
+ADAPTER_EXT_DECLARE_LEVEL(avx512)
+#endif
+#undef ADAPTER_EXT_DECLARE_LEVEL
+
+namespace adapter_ext::cpu {
+namespace {
+
+struct Kernels {
+  Capability capability;
+  void (*forward)(const LinearAdapterForward&, const Parallel&);
+  void (*backward)(const LinearAdapterBackward&, const Parallel&);
+  double (*fma_loop)(int64_t);
+};
+
+constexpr Kernels kKernels[] = {
+    {Capability::kBaseline, baseline::linear_adapter_forward, baseline::linear_adapter_backward,
+     baseline::fma_loop},
+#if defined(ADAPTER_EXT_X86_LEVELS)
+    {Capability::kAvx2, avx2::linear_adapter_forward, avx2::linear_adapter_backward,
+     avx2::fma_loop},
+    {Capability::kAvx512, avx512::linear_adapter_forward, avx512::linear_adapter_backward,
+     avx512::fma_loop},
+#endif
+};
+
+bool machine_has(Capability capability) {
+#if defined(ADAPTER_EXT_X86_LEVELS)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  switch (capability) {
+    case Capability::kBaseline: return true;
+    case Capability::kAvx2: return avx2;
+    case Capability::kAvx512:
+      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return capability == Capability::kBaseline;
+}
+
+const Kernels* choose() {
+  const char* forced = std::getenv("ADAPTER_EXT_CPU_CAPABILITY");
+  if (forced && *forced) {
+    for (const Kernels& kernels : kKernels) {
+      if (std::string(forced) != name(kernels.capability)) continue;
+      if (machine_has(kernels.capability)) return &kernels;
+      throw std::runtime_error("ADAPTER_EXT_CPU_CAPABILITY=" + std::string(forced) +
+                               ": this machine lacks these instructions");
+    }
+    std::string levels;
+    for (const Kernels& kernels : kKernels) levels += std::string(" ") + name(kernels.capability);
+    throw std::runtime_error("ADAPTER_EXT_CPU_CAPABILITY: expected one of" + levels + ", got '" +
+                             forced + "'");
+  }
+  const Kernels* best = &kKernels[0];
+  for (const Kernels& kernels : kKernels) {
+    if (machine_has(kernels.capability)) best = &kernels;
+  }
+  return best;
+}
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+}  // namespace
+
+const std::vector<Capability>& compiled_capabilities() {
+  static const std::vector<Capability> all = [] {
+    std::vector<Capability> levels;
+    for (const Kernels& kernels : kKernels) levels.push_back(kernels.capability);
+    return levels;
+  }();
+  return all;
+}
+
+Capability capability() { return kernels().capability; }
+
+const char* name(Capability capability) {
+  switch (capability) {
+    case Capability::kBaseline: return "baseline";
+    case Capability::kAvx2: return "avx2";
+    case Capability::kAvx512: return "avx512";
+  }
+  return "unknown";
+}
+
+double fma_loop(long iterations) { return kernels().fma_loop(iterations); }
+
+void linear_adapter(const LinearAdapterForward& problem, const Parallel& parallel) {
+  kernels().forward(problem, parallel);
+}
+
+void linear_adapter(const LinearAdapterBackward& problem, const Parallel& parallel) {
+  kernels().backward(problem, parallel);
+}
+
+}  // namespace adapter_ext::cpu

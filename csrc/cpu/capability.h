@@ -1,0 +1,29 @@
+// Which instruction set the CPU kernels use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+// What adapter_ext._C uses of the library of ops.
+#define ADAPTER_EXT_EXPORT __attribute__((visibility("default")))
+
+namespace adapter_ext::cpu {
+
+enum class Capability { kBaseline, kAvx2, kAvx512 };
+
+// Levels that this library was compiled for, lowest first.
+ADAPTER_EXT_EXPORT const std::vector<Capability>& compiled_capabilities();
+
+// The best compiled level that this machine has, or the one that the environment variable
+// ADAPTER_EXT_CPU_CAPABILITY names (baseline, avx2, avx512). Decided once a process. Throws
+// std::runtime_error where the variable names a level that was not compiled or that the machine
+// lacks.
+ADAPTER_EXT_EXPORT Capability capability();
+
+ADAPTER_EXT_EXPORT const char* name(Capability capability);
+
+// Floating-point operations of `iterations` rounds of multiply-adds in registers alone, at the
+// level in use: the machine's ceiling, against which benchmarks compare.
+ADAPTER_EXT_EXPORT double fma_loop(long iterations);
+
+}  // namespace adapter_ext::cpu

@@ -1,0 +1,29 @@
+// The multiply-add rate of one core, without memory.
+
+#include "cpu/kernels.h"
+#include "cpu/matmul.h"
+
+namespace adapter_ext::cpu {
+inline namespace ADAPTER_EXT_CPU_LEVEL {
+
+double fma_loop(int64_t iterations) {
+  constexpr int chains = kTileRows * kPanelVectors;  // as many as the kernels' register tile
+  Vector<float> sum[chains];
+  for (int i = 0; i < chains; ++i) sum[i] = splat<float>(static_cast<float>(i));
+  Vector<float> factor = splat<float>(0.999f), term = splat<float>(0.5f);
+  for (int64_t iteration = 0; iteration < iterations; ++iteration) {
+#pragma GCC unroll 32
+    for (int i = 0; i < chains; ++i) {
+      sum[i] = sum[i] * factor + term;
+#if defined(__aarch64__)
+      __asm__ volatile("" : "+w"(sum[i]));  // or the compiler folds the loop
+#else
+      __asm__ volatile("" : "+v"(sum[i]));  // likewise
+#endif
+    }
+  }
+  return 2.0 * static_cast<double>(iterations) * chains * kLanes<float>;
+}
+
+}  // namespace ADAPTER_EXT_CPU_LEVEL
+}  // namespace adapter_ext::cpu

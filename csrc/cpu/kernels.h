@@ -1,0 +1,16 @@
+// The entry points that every CPU level has, in its own namespace.
+#pragma once
+
+#include "common/problem.h"
+#include "cpu/plan.h"
+
+namespace adapter_ext::cpu {
+inline namespace ADAPTER_EXT_CPU_LEVEL {
+
+void linear_adapter_forward(const LinearAdapterForward& problem, const Parallel& parallel);
+void linear_adapter_backward(const LinearAdapterBackward& problem, const Parallel& parallel);
+// Multiply-adds in registers alone, `iterations` times; returns how many floating-point operations.
+double fma_loop(int64_t iterations);
+
+}  // namespace ADAPTER_EXT_CPU_LEVEL
+}  // namespace adapter_ext::cpu

@@ -1,0 +1,590 @@
+// The backward of linear_adapter on the CPU, in two passes: over blocks of rows, for what the rows
+// need of the bottleneck's gradient, then over tiles of columns, for the gradients of x and of the
+// weights. A weight's gradient is summed by one thread in the order of the adapter's rows.
+//
+// Notation as in docs of the op: h = down n, z = act(h), o = up z; a leading d is a gradient. The
+// norm's row sums need no pass over D: mean(dx̂) = (dh·c1)/D and mean(dx̂ ⊙ x̂) = (dh·(h - c0))/D
+// with c1 = down γ, c0 = down β. The weights' gradients share two sums over rows, M = dhᵀ x̂ and
+// doᵀ z: d_down = γ ⊙ M + (Σ dh) ⊗ β, dγ = Σ_j down ⊙ M, dβ = downᵀ Σ dh.
+
+#include <cstring>
+#include <memory>
+
+#include "cpu/kernels.h"
+#include "cpu/linear_adapter_rows.h"
+
+namespace adapter_ext::cpu {
+inline namespace ADAPTER_EXT_CPU_LEVEL {
+namespace {
+
+// What the first pass leaves for the second, by active row.
+template <class C>
+struct RowResults {
+  int64_t stride;       // of the two matrices
+  C* hidden_gradient;   // [active rows, stride], dh
+  C* activated;         // [active rows, stride], z
+  C* sums;              // [active rows, 2]: pre: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
+};
+
+// What one adapter's gradients ask for.
+struct Wanted {
+  bool hidden_gradient, down_sum, up_sum, norm;
+
+  Wanted(const LinearAdapterBackward& p, int64_t adapter, bool pre) {
+    const AdapterGradients& g = p.gradients[adapter];
+    norm = g.norm_weight || g.norm_bias;
+    down_sum = g.down || (pre && norm);
+    up_sum = g.up != nullptr;
+    hidden_gradient = p.grad_x || down_sum;
+  }
+  bool anything() const { return hidden_gradient || up_sum || norm; }
+};
+
+// do = scale · mask ⊙ (dy + κ d) with d = scale · mask ⊙ o the adapter's contribution and
+// κ = 2 λ g / B the gradient of its auxiliary loss.
+template <class C>
+struct OutputGradient {
+  Vector<C> scale;
+  Vector<C> kappa;
+
+  OutputGradient(const LinearAdapterBackward& p, const Plan& plan, const Segment& segment)
+      : scale(splat<C>(static_cast<C>(plan.depth_scale))),
+        kappa(splat<C>(static_cast<C>(penalty_slope(p, segment)))) {}
+
+  static double penalty_slope(const LinearAdapterBackward& p, const Segment& segment) {
+    if (!p.l2_lambda || !p.grad_aux) return 0.0;
+    return 2.0 * static_cast<const C*>(p.l2_lambda)[segment.adapter] *
+           static_cast<const C*>(p.grad_aux)[segment.adapter] /
+           static_cast<double>(segment.adapter_samples);
+  }
+  bool penalized() const { return kappa[0] != C(0); }
+};
+
+template <class X>
+class RowPass {
+  using C = Accumulate<X>;
+
+ public:
+  RowPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results)
+      : p_(problem),
+        plan_(plan),
+        results_(results),
+        dropout_(problem),
+        pre_(problem.norm_position == NormPosition::kPre),
+        width_(problem.hidden_size),
+        block_rows_(block_rows<C>(problem.hidden_size)),
+        // The post norm's backward needs a whole row before it can start.
+        block_columns_(pre_ ? kColumnBlock : width_),
+        stride_(padded<C>(block_columns_) + kRowPadding<C>),
+        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {}
+
+  void run(int64_t task, int64_t tasks) {
+    const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
+    const int64_t up_size = width_ * padded<C>(r);
+    const int64_t up_transposed_size = r * padded<C>(width_);
+    const int64_t tile = block_rows_ * stride_;
+    Scratch scratch(Scratch::bytes<C>(up_size) + Scratch::bytes<C>(up_transposed_size) +
+                    2 * Scratch::bytes<C>(width_) + 2 * Scratch::bytes<C>(r) +
+                    2 * Scratch::bytes<C>(tile) + Scratch::bytes<C>(block_rows_ * hidden_stride_) +
+                    Scratch::bytes<C>(kColumnBlock));
+    packed_up_ = scratch.take<C>(up_size);
+    packed_up_transposed_ = scratch.take<C>(up_transposed_size);
+    norm_weight_ = scratch.take<C>(width_);
+    norm_bias_ = scratch.take<C>(width_);
+    down_weight_ = scratch.take<C>(r);
+    down_bias_ = scratch.take<C>(r);
+    gradient_ = scratch.take<C>(tile);
+    out_ = scratch.take<C>(tile);
+    hidden_gradient_ = scratch.take<C>(block_rows_ * hidden_stride_);
+    mask_ = scratch.take<C>(kColumnBlock);
+    const Segment* packed = nullptr;
+    for_each_block(plan_, block_rows_, task, tasks,
+                   [&](const Segment& segment, int64_t first, int64_t count) {
+                     if (!Wanted(p_, segment.adapter, pre_).anything()) return;
+                     if (packed != &segment) pack_adapter(segment);
+                     packed = &segment;
+                     block(segment, first, count);
+                   });
+  }
+
+ private:
+  int64_t row(const Segment& segment, int64_t i) const {
+    return Plan::row(segment, p_.routing.rows_per_sample, i);
+  }
+
+  void pack_adapter(const Segment& segment) {
+    view_ = adapter_view(p_.adapters, segment.adapter);
+    const int64_t r = view_.bottleneck;
+    unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
+    unpack_vector<X>(p_.weight_type, view_.norm_bias, width_, norm_bias_);
+    wants_hidden_ = Wanted(p_, segment.adapter, pre_).hidden_gradient;
+    wants_out_ = !pre_ || OutputGradient<C>(p_, plan_, segment).penalized();
+    if (wants_hidden_) {
+      up_ = pack<X>(p_, view_.up, view_.up_stride, width_, r, false, packed_up_);
+    }
+    if (wants_out_) {
+      up_transposed_ =
+          pack<X>(p_, view_.up, view_.up_stride, r, width_, true, packed_up_transposed_);
+    }
+    if (pre_ && wants_hidden_) {
+      with_weights<X>(p_.weight_type, view_.down, [&](const auto* down) {
+        for (int64_t j = 0; j < r; ++j) {
+          Vector<C> weight_sum = {}, bias_sum = {};
+          for_each_vector<C>(width_, [&](int64_t c, auto extent) {
+            const Vector<C> w = load<C>(down + j * view_.down_stride + c, extent);
+            weight_sum += w * load<C>(norm_weight_ + c, extent);
+            bias_sum += w * load<C>(norm_bias_ + c, extent);
+          });
+          down_weight_[j] = horizontal_sum<C>(weight_sum);
+          down_bias_[j] = horizontal_sum<C>(bias_sum);
+        }
+      });
+    }
+  }
+
+  void block(const Segment& segment, int64_t first, int64_t count) {
+    const int64_t position = segment.first_position + first;
+    C* activated = results_.activated + position * results_.stride;
+    activate_rows(segment, first, count, activated);
+    for (int64_t column = 0; column < width_; column += block_columns_) {
+      const int64_t columns = std::min(block_columns_, width_ - column);
+      if (wants_out_) {
+        RightOperand<C> right = up_transposed_;
+        right.data += column / kPanel<C> * right.panel_stride;
+        multiply<C>(count, columns, view_.bottleneck, {activated, results_.stride, 1}, right, out_,
+                    stride_, false);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        gradient_row(segment, first + i, column, columns, gradient_ + i * stride_,
+                     out_ + i * stride_);
+      }
+      if (wants_hidden_) {
+        RightOperand<C> right = up_;
+        right.data += column * right.k_stride;
+        multiply<C>(count, view_.bottleneck, columns, {gradient_, stride_, 1}, right,
+                    hidden_gradient_, hidden_stride_, column > 0);
+      }
+    }
+    if (wants_hidden_) finish_hidden(segment, first, count);
+  }
+
+  void activate_rows(const Segment& segment, int64_t first, int64_t count, C* activated) {
+    const int64_t r = view_.bottleneck;
+    dispatch_activation(p_.activation, [&]<Activation activation>() {
+      for (int64_t i = 0; i < count; ++i) {
+        const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
+        C* z = activated + i * results_.stride;
+        transform_row<C>(h, r, z, [](int64_t, auto v, auto) {
+          return activate<activation, VectorMath<C>>(v);
+        });
+        round_operand(p_, z, r);
+      }
+    });
+  }
+
+  // do of some columns (pre), or du of a whole row (post).
+  void gradient_row(const Segment& segment, int64_t i, int64_t column, int64_t columns, C* gradient,
+                    C* out) {
+    const int64_t at = row(segment, i);
+    const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
+    const OutputGradient<C> of_output(p_, plan_, segment);
+    const C mean = pre_ ? C(0) : static_cast<const C*>(p_.mean)[at];
+    const C rstd = pre_ ? C(0) : static_cast<const C*>(p_.rstd)[at];
+    Vector<C> sum = {}, product_sum = {};
+    for (int64_t start = 0; start < columns; start += kColumnBlock) {
+      const int64_t part = std::min(kColumnBlock, columns - start);
+      const bool masked = dropout_.active();
+      if (masked) dropout_.fill(at, column + start, part, mask_);
+      for_each_vector<C>(part, [&](int64_t offset, auto extent) {
+        const int64_t c = start + offset;
+        Vector<C> scale = of_output.scale;
+        if (masked) scale *= load<C>(mask_ + offset, extent);
+        Vector<C> d = load<C>(grad_y + c, extent);
+        if (pre_) {
+          if (wants_out_) d += of_output.kappa * scale * load<C>(out + c, extent);
+          d *= scale;
+        } else {
+          const Vector<C> weight = load<C>(norm_weight_ + c, extent);
+          const Vector<C> normalized = (load<C>(out + c, extent) - splat<C>(mean)) * splat<C>(rstd);
+          const Vector<C> o = normalized * weight + load<C>(norm_bias_ + c, extent);
+          d = (d + of_output.kappa * scale * o) * scale * weight;
+          sum += d;
+          product_sum += d * normalized;
+          store<C>(out + c, normalized, extent);
+        }
+        store<C>(gradient + c, d, extent);
+      });
+    }
+    if (pre_) return;
+    const C mean_gradient = horizontal_sum<C>(sum) / static_cast<C>(width_);
+    const C mean_product = horizontal_sum<C>(product_sum) / static_cast<C>(width_);
+    C* sums = results_.sums + 2 * (segment.first_position + i);
+    sums[0] = mean_gradient;
+    sums[1] = mean_product;
+    transform_row<C>(gradient, columns, gradient, [&](int64_t c, auto d, auto extent) {
+      return splat<C>(rstd) * (d - splat<C>(mean_gradient) -
+                               load<C>(out + c, extent) * splat<C>(mean_product));
+    });
+  }
+
+  // dh = dz ⊙ act'(h), and the norm's sums.
+  void finish_hidden(const Segment& segment, int64_t first, int64_t count) {
+    const int64_t r = view_.bottleneck;
+    dispatch_activation(p_.activation, [&]<Activation activation>() {
+      for (int64_t i = 0; i < count; ++i) {
+        const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
+        const int64_t position = segment.first_position + first + i;
+        Vector<C> sum = {}, product_sum = {};
+        transform_row<C>(hidden_gradient_ + i * hidden_stride_, r,
+                         results_.hidden_gradient + position * results_.stride,
+                         [&](int64_t j, auto dz, auto extent) {
+                           const Vector<C> own = load<C>(h + j, extent);
+                           const Vector<C> dh =
+                               dz * activation_derivative<activation, VectorMath<C>>(own);
+                           if (pre_) {
+                             sum += dh * load<C>(down_weight_ + j, extent);
+                             product_sum += dh * (own - load<C>(down_bias_ + j, extent));
+                           }
+                           return dh;
+                         });
+        if (pre_) {
+          results_.sums[2 * position] = horizontal_sum<C>(sum) / static_cast<C>(width_);
+          results_.sums[2 * position + 1] =
+              horizontal_sum<C>(product_sum) / static_cast<C>(width_);
+        }
+      }
+    });
+  }
+
+  const LinearAdapterBackward& p_;
+  const Plan& plan_;
+  const RowResults<C>& results_;
+  const Dropout dropout_;
+  const bool pre_;
+  const int64_t width_, block_rows_, block_columns_, stride_, hidden_stride_;
+  AdapterView view_;
+  bool wants_hidden_, wants_out_;
+  RightOperand<C> up_, up_transposed_;
+  C *packed_up_, *packed_up_transposed_, *norm_weight_, *norm_bias_, *down_weight_, *down_bias_,
+      *gradient_, *out_, *hidden_gradient_, *mask_;
+};
+
+template <class X>
+class ColumnPass {
+  using C = Accumulate<X>;
+
+ public:
+  // A tile's sums over rows stay in a second-level cache; a multiple of every panel width.
+  static constexpr int64_t kColumns = 64;
+  static constexpr int64_t kRows = 64;
+
+  ColumnPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results)
+      : p_(problem),
+        plan_(plan),
+        results_(results),
+        dropout_(problem),
+        pre_(problem.norm_position == NormPosition::kPre),
+        width_(problem.hidden_size),
+        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {}
+
+  void run(int64_t task, int64_t tasks) {
+    const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
+    Scratch scratch(3 * Scratch::bytes<C>(r * kColumns) +
+                    Scratch::bytes<C>(kColumns * hidden_stride_) + Scratch::bytes<C>(r) +
+                    4 * Scratch::bytes<C>(kRows * kColumns) + 5 * Scratch::bytes<C>(kColumns));
+    packed_down_ = scratch.take<C>(r * kColumns);
+    packed_up_ = scratch.take<C>(r * kColumns);
+    down_sum_ = scratch.take<C>(r * kColumns);
+    up_sum_ = scratch.take<C>(kColumns * hidden_stride_);
+    hidden_sum_ = scratch.take<C>(r);
+    x_ = scratch.take<C>(kRows * kColumns);
+    out_ = scratch.take<C>(kRows * kColumns);
+    gradient_ = scratch.take<C>(kRows * kColumns);
+    product_ = scratch.take<C>(kRows * kColumns);
+    norm_weight_ = scratch.take<C>(kColumns);
+    norm_bias_ = scratch.take<C>(kColumns);
+    norm_weight_sum_ = scratch.take<C>(kColumns);
+    norm_bias_sum_ = scratch.take<C>(kColumns);
+    mask_ = scratch.take<C>(kColumns);
+
+    // Tiles of all segments, as contiguous ranges of about equal cost.
+    constexpr int64_t tile_cost = 16;  // in rows, of what does not depend on their number
+    const int64_t tiles = (width_ + kColumns - 1) / kColumns;
+    const int64_t total =
+        tiles * (plan_.active_rows + tile_cost * static_cast<int64_t>(plan_.segments.size()));
+    int64_t cost = 0;
+    for (const Segment& segment : plan_.segments) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        if (cost * tasks / total == task && Wanted(p_, segment.adapter, pre_).anything()) {
+          column_tile(segment, tile * kColumns);
+        }
+        cost += segment.rows + tile_cost;
+      }
+    }
+  }
+
+ private:
+  void column_tile(const Segment& segment, int64_t column) {
+    view_ = adapter_view(p_.adapters, segment.adapter);
+    const Wanted wanted(p_, segment.adapter, pre_);
+    const OutputGradient<C> of_output(p_, plan_, segment);
+    const int64_t r = view_.bottleneck, columns = std::min(kColumns, width_ - column);
+    const bool wants_out = !pre_ || of_output.penalized();
+    const bool wants_x = wanted.down_sum || (pre_ && p_.grad_x);
+    const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
+    const auto shifted = [&](const void* matrix, int64_t elements) {
+      const int64_t size = p_.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
+      return static_cast<const void*>(static_cast<const char*>(matrix) + elements * size);
+    };
+    unpack_vector<X>(p_.weight_type, shifted(view_.norm_weight, column), columns, norm_weight_);
+    unpack_vector<X>(p_.weight_type, shifted(view_.norm_bias, column), columns, norm_bias_);
+    down_ = pack<X>(p_, shifted(view_.down, column), view_.down_stride, r, columns, false,
+                    packed_down_);
+    if (wants_out && wants_gradient) {
+      up_ = pack<X>(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
+                    true, packed_up_);
+    }
+    std::fill(hidden_sum_, hidden_sum_ + r, C(0));
+    std::fill(norm_weight_sum_, norm_weight_sum_ + kColumns, C(0));
+    std::fill(norm_bias_sum_, norm_bias_sum_ + kColumns, C(0));
+    for (int64_t first = 0; first < segment.rows; first += kRows) {
+      const int64_t count = std::min(kRows, segment.rows - first);
+      const int64_t position = segment.first_position + first;
+      const C* hidden_gradient = results_.hidden_gradient + position * results_.stride;
+      const C* activated = results_.activated + position * results_.stride;
+      if (wants_x) load_x(segment, first, count, column, columns);
+      if (wants_gradient) {
+        if (wants_out) {
+          multiply<C>(count, columns, r, {activated, results_.stride, 1}, up_, out_, kColumns,
+                      false);
+        }
+        load_gradient(segment, first, count, column, columns, of_output);
+      }
+      if (wanted.up_sum) {  // d_up [columns, r] += duᵀ z
+        multiply<C>(columns, r, count, {gradient_, 1, kColumns},
+                    {activated, kPanel<C>, results_.stride}, up_sum_, hidden_stride_, first > 0);
+      }
+      if (wanted.down_sum) {  // M [r, columns] += dhᵀ x̂
+        multiply<C>(r, columns, count, {hidden_gradient, 1, results_.stride},
+                    {x_, kPanel<C>, kColumns}, down_sum_, kColumns, first > 0);
+        if (pre_) {
+          for (int64_t i = 0; i < count; ++i) {
+            const C* row = hidden_gradient + i * results_.stride;
+            transform_row<C>(hidden_sum_, r, hidden_sum_, [&](int64_t j, auto v, auto extent) {
+              return v + load<C>(row + j, extent);
+            });
+          }
+        }
+      }
+      if (p_.grad_x) {
+        multiply<C>(count, columns, r, {hidden_gradient, results_.stride, 1}, down_, product_,
+                    kColumns, false);
+        store_grad_x(segment, first, count, column, columns);
+      }
+    }
+    const AdapterGradients& gradients = p_.gradients[segment.adapter];
+    if (p_.weight_type == DataType::kFloat32) {
+      write<float>(gradients, r, column, columns);
+    } else {
+      write<X>(gradients, r, column, columns);
+    }
+  }
+
+  int64_t row(const Segment& segment, int64_t i) const {
+    return Plan::row(segment, p_.routing.rows_per_sample, i);
+  }
+
+  // x̂ (pre) or x (post).
+  void load_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
+              int64_t columns) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = row(segment, first + i);
+      const X* from = static_cast<const X*>(p_.x) + at * width_ + column;
+      C* to = x_ + i * kColumns;
+      if (pre_) {
+        const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
+        const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
+        transform_row<C>(from, columns, to,
+                         [&](int64_t, auto v, auto) { return (v - mean) * rstd; });
+      } else {
+        transform_row<C>(from, columns, to, [](int64_t, auto v, auto) { return v; });
+      }
+    }
+  }
+
+  // do (pre) or du (post), and the post norm's own gradients.
+  void load_gradient(const Segment& segment, int64_t first, int64_t count, int64_t column,
+                     int64_t columns, const OutputGradient<C>& of_output) {
+    const bool masked = dropout_.active();
+    const bool penalized = of_output.penalized();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = row(segment, first + i);
+      const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
+      const C* out = out_ + i * kColumns;
+      if (masked) dropout_.fill(at, column, columns, mask_);
+      const C* sums = results_.sums + 2 * (segment.first_position + first + i);
+      const Vector<C> mean = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.mean)[at]);
+      const Vector<C> rstd = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.rstd)[at]);
+      transform_row<C>(grad_y, columns, gradient_ + i * kColumns,
+                       [&](int64_t c, auto d, auto extent) -> Vector<C> {
+        Vector<C> scale = of_output.scale;
+        if (masked) scale *= load<C>(mask_ + c, extent);
+        if (pre_) {
+          if (penalized) d += of_output.kappa * scale * load<C>(out + c, extent);
+          return d * scale;
+        }
+        const Vector<C> weight = load<C>(norm_weight_ + c, extent);
+        const Vector<C> normalized = (load<C>(out + c, extent) - mean) * rstd;
+        const Vector<C> o = normalized * weight + load<C>(norm_bias_ + c, extent);
+        d = (d + of_output.kappa * scale * o) * scale;
+        store<C>(norm_weight_sum_ + c, load<C>(norm_weight_sum_ + c, extent) + d * normalized,
+                 extent);
+        store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c, extent) + d, extent);
+        return rstd * (d * weight - splat<C>(sums[0]) - normalized * splat<C>(sums[1]));
+      });
+    }
+  }
+
+  void store_grad_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
+                    int64_t columns) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = row(segment, first + i);
+      const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
+      X* to = static_cast<X*>(p_.grad_x) + at * width_ + column;
+      const C* sums = results_.sums + 2 * (segment.first_position + first + i);
+      const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
+      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+        Vector<C> d = load<C>(product_ + i * kColumns + c, extent);
+        if (pre_) {
+          const Vector<C> normalized = load<C>(x_ + i * kColumns + c, extent);
+          d = rstd * (d * load<C>(norm_weight_ + c, extent) - splat<C>(sums[0]) -
+                      normalized * splat<C>(sums[1]));
+        }
+        if (p_.residual) d += load<C>(grad_y + c, extent);
+        store<C>(to + c, d, extent);
+      });
+    }
+  }
+
+  template <class W>
+  void write(const AdapterGradients& gradients, int64_t r, int64_t column, int64_t columns) {
+    W* norm_weight = static_cast<W*>(gradients.norm_weight);
+    W* norm_bias = static_cast<W*>(gradients.norm_bias);
+    W* down = static_cast<W*>(gradients.down);
+    W* up = static_cast<W*>(gradients.up);
+    for (int64_t c = 0; up && c < columns; ++c) {
+      W* to = up + (column + c) * r;
+      const C* from = up_sum_ + c * hidden_stride_;
+      for_each_vector<C>(r, [&](int64_t j, auto extent) {
+        store<C>(to + j, load<C>(from + j, extent), extent);
+      });
+    }
+    for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+      const Vector<C> weight = load<C>(norm_weight_ + c, extent);
+      const Vector<C> bias = load<C>(norm_bias_ + c, extent);
+      Vector<C> weight_sum = load<C>(norm_weight_sum_ + c, extent);
+      Vector<C> bias_sum = load<C>(norm_bias_sum_ + c, extent);
+      for (int64_t j = 0; j < r; ++j) {
+        if (pre_ && (norm_weight || norm_bias)) {
+          const int64_t panel = c / kPanel<C>;
+          const Vector<C> w = load<C>(down_.data + panel * down_.panel_stride +
+                                      j * down_.k_stride + c % kPanel<C>);
+          weight_sum += w * load<C>(down_sum_ + j * kColumns + c);
+          bias_sum += w * splat<C>(hidden_sum_[j]);
+        }
+        if (down) {
+          Vector<C> sum = load<C>(down_sum_ + j * kColumns + c);
+          if (pre_) sum = sum * weight + splat<C>(hidden_sum_[j]) * bias;
+          store<C>(down + j * width_ + column + c, sum, extent);
+        }
+      }
+      if (norm_weight) store<C>(norm_weight + column + c, weight_sum, extent);
+      if (norm_bias) store<C>(norm_bias + column + c, bias_sum, extent);
+    });
+  }
+
+  const LinearAdapterBackward& p_;
+  const Plan& plan_;
+  const RowResults<C>& results_;
+  const Dropout dropout_;
+  const bool pre_;
+  const int64_t width_, hidden_stride_;
+  AdapterView view_;
+  RightOperand<C> down_, up_;
+  C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *hidden_sum_, *x_, *out_, *gradient_,
+      *product_, *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_, *mask_;
+};
+
+// Gradients of adapters without active rows are zero.
+template <class X>
+void clear_unused(const LinearAdapterBackward& p, const Plan& plan) {
+  const size_t size = p.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
+  auto segment = plan.segments.begin();
+  for (int64_t a = 0; a < p.routing.adapters; ++a) {
+    if (segment != plan.segments.end() && segment->adapter == a) {
+      ++segment;
+      continue;
+    }
+    const AdapterGradients& g = p.gradients[a];
+    const int64_t r = adapter_view(p.adapters, a).bottleneck;
+    const auto clear = [&](void* to, int64_t count) {
+      if (to) std::memset(to, 0, static_cast<size_t>(count) * size);
+    };
+    clear(g.norm_weight, p.hidden_size);
+    clear(g.norm_bias, p.hidden_size);
+    clear(g.down, r * p.hidden_size);
+    clear(g.up, r * p.hidden_size);
+  }
+}
+
+template <class X>
+void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
+  using C = Accumulate<X>;
+  Plan plan;
+  plan.build(problem);
+  clear_unused<X>(problem, plan);
+  if (problem.grad_x) {
+    const int64_t sample_size = problem.routing.rows_per_sample * problem.hidden_size;
+    for (const Samples& samples : plan.untouched) {
+      for (int64_t i = 0; i < samples.count; ++i) {
+        const X* from = static_cast<const X*>(problem.grad_y) + samples[i] * sample_size;
+        std::copy(from, from + sample_size,
+                  static_cast<X*>(problem.grad_x) + samples[i] * sample_size);
+      }
+    }
+  }
+  if (plan.active_rows == 0) return;
+  RowResults<C> results{};
+  results.stride = padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
+  const size_t size = static_cast<size_t>(plan.active_rows * results.stride);
+  const std::unique_ptr<C[]> hidden_gradient(new C[size]);
+  const std::unique_ptr<C[]> activated(new C[size]);
+  const std::unique_ptr<C[]> sums(new C[static_cast<size_t>(2 * plan.active_rows)]);
+  results.hidden_gradient = hidden_gradient.get();
+  results.activated = activated.get();
+  results.sums = sums.get();
+
+  const int64_t row_tasks =
+      std::min(parallel.threads, (plan.active_rows + kTileRows - 1) / kTileRows);
+  parallel(row_tasks,
+           [&](int64_t task) { RowPass<X>(problem, plan, results).run(task, row_tasks); });
+  const int64_t tiles = (problem.hidden_size + ColumnPass<X>::kColumns - 1) /
+                        ColumnPass<X>::kColumns * static_cast<int64_t>(plan.segments.size());
+  const int64_t column_tasks = std::min(parallel.threads, tiles);
+  parallel(column_tasks,
+           [&](int64_t task) { ColumnPass<X>(problem, plan, results).run(task, column_tasks); });
+}
+
+}  // namespace
+
+void linear_adapter_backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
+  switch (problem.data_type) {
+    case DataType::kFloat64: return backward<double>(problem, parallel);
+    case DataType::kFloat32: return backward<float>(problem, parallel);
+    case DataType::kBFloat16: return backward<BFloat16>(problem, parallel);
+    case DataType::kFloat16: return backward<Float16>(problem, parallel);
+  }
+}
+
+}  // namespace ADAPTER_EXT_CPU_LEVEL
+}  // namespace adapter_ext::cpu

@@ -1,0 +1,284 @@
+// The forward of linear_adapter on the CPU: the whole layer on a block of rows that stays in cache.
+
+#include <cmath>
+#include <memory>
+
+#include "cpu/kernels.h"
+#include "cpu/linear_adapter_rows.h"
+
+namespace adapter_ext::cpu {
+inline namespace ADAPTER_EXT_CPU_LEVEL {
+namespace {
+
+struct Moments {
+  double mean;
+  double rstd;
+};
+
+// Mean and 1 / sqrt(variance + eps) in two passes, which stay right where |mean| >> deviation.
+template <class C, class X>
+void moments(const X* row, int64_t count, double eps, C* mean_out, C* rstd_out) {
+  constexpr int chains = 4;
+  const auto average = [&](auto&& term) {
+    Vector<C> sum[chains] = {};
+    int64_t i = 0;
+    for (; i + chains * kLanes<C> <= count; i += chains * kLanes<C>) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < chains; ++chain) {
+        sum[chain] += term(load<C>(row + i + chain * kLanes<C>), FullVector{});
+      }
+    }
+    for_each_vector<C>(count - i, [&](int64_t offset, auto extent) {
+      sum[0] += term(load<C>(row + i + offset, extent), extent);
+    });
+    return horizontal_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<C>(count);
+  };
+  const C mean = average([](Vector<C> v, auto) { return v; });
+  const C variance = average([&](Vector<C> v, auto extent) {
+    Vector<C> deviation = v - splat<C>(mean);
+    if constexpr (std::is_same_v<decltype(extent), PartialVector>) {
+      for (int64_t lane = extent.count; lane < kLanes<C>; ++lane) deviation[lane] = 0;
+    }
+    return deviation * deviation;
+  });
+  *mean_out = mean;
+  *rstd_out = C(1) / std::sqrt(variance + static_cast<C>(eps));
+}
+
+template <class X>
+class Forward {
+  using C = Accumulate<X>;
+
+ public:
+  Forward(const LinearAdapterForward& problem, const Plan& plan, C* penalties)
+      : p_(problem),
+        plan_(plan),
+        penalties_(penalties),
+        dropout_(problem),
+        pre_(problem.norm_position == NormPosition::kPre),
+        width_(problem.hidden_size),
+        block_rows_(block_rows<C>(problem.hidden_size)),
+        left_stride_(kColumnBlock + kRowPadding<C>),
+        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>),
+        // The post norm needs a whole row of the second product before it can start.
+        out_columns_(pre_ ? kColumnBlock : width_),
+        out_stride_(padded<C>(out_columns_) + kRowPadding<C>) {}
+
+  void run(int64_t task, int64_t tasks) {
+    const int64_t r = p_.hidden_stride;
+    const int64_t down_size = width_ * padded<C>(r);
+    const int64_t up_size = r * padded<C>(width_);
+    Scratch scratch(Scratch::bytes<C>(down_size) + Scratch::bytes<C>(up_size) +
+                    2 * Scratch::bytes<C>(width_) + 3 * Scratch::bytes<C>(block_rows_) +
+                    Scratch::bytes<C>(block_rows_ * left_stride_) +
+                    Scratch::bytes<C>(block_rows_ * hidden_stride_) +
+                    Scratch::bytes<C>(block_rows_ * out_stride_) +
+                    Scratch::bytes<C>(kColumnBlock) + Scratch::bytes<int64_t>(block_rows_));
+    packed_down_ = scratch.take<C>(down_size);
+    packed_up_ = scratch.take<C>(up_size);
+    norm_weight_ = scratch.take<C>(width_);
+    norm_bias_ = scratch.take<C>(width_);
+    mean_ = scratch.take<C>(block_rows_);
+    rstd_ = scratch.take<C>(block_rows_);
+    penalty_ = scratch.take<C>(block_rows_);
+    left_ = scratch.take<C>(block_rows_ * left_stride_);
+    hidden_ = scratch.take<C>(block_rows_ * hidden_stride_);
+    out_ = scratch.take<C>(block_rows_ * out_stride_);
+    mask_ = scratch.take<C>(kColumnBlock);
+    row_ = scratch.take<int64_t>(block_rows_);
+    const Segment* packed = nullptr;
+    for_each_block(plan_, block_rows_, task, tasks,
+                   [&](const Segment& segment, int64_t first, int64_t count) {
+                     if (packed != &segment) pack_adapter(segment);
+                     packed = &segment;
+                     block(segment, first, count);
+                   });
+  }
+
+ private:
+  const X* x(int64_t i) const { return static_cast<const X*>(p_.x) + row_[i] * width_; }
+  X* y(int64_t i) const { return static_cast<X*>(p_.y) + row_[i] * width_; }
+
+  void pack_adapter(const Segment& segment) {
+    view_ = adapter_view(p_.adapters, segment.adapter);
+    unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
+    unpack_vector<X>(p_.weight_type, view_.norm_bias, width_, norm_bias_);
+    const int64_t r = view_.bottleneck;
+    down_ = pack<X>(p_, view_.down, view_.down_stride, width_, r, true, packed_down_);
+    up_ = pack<X>(p_, view_.up, view_.up_stride, r, width_, true, packed_up_);
+  }
+
+  void block(const Segment& segment, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      row_[i] = Plan::row(segment, p_.routing.rows_per_sample, first + i);
+      if (pre_) moments(x(i), width_, p_.eps, mean_ + i, rstd_ + i);
+      penalty_[i] = 0;
+    }
+    project_down(count);
+    activate_rows(count);
+    project_up(count);
+    if (p_.mean) {
+      for (int64_t i = 0; i < count; ++i) {
+        static_cast<C*>(p_.mean)[row_[i]] = mean_[i];
+        static_cast<C*>(p_.rstd)[row_[i]] = rstd_[i];
+      }
+    }
+    if (penalties_) {
+      std::copy(penalty_, penalty_ + count, penalties_ + segment.first_position + first);
+    }
+  }
+
+  // hidden = LN(x) downᵀ, or x downᵀ.
+  void project_down(int64_t count) {
+    for (int64_t column = 0; column < width_; column += kColumnBlock) {
+      const int64_t columns = std::min(kColumnBlock, width_ - column);
+      for (int64_t i = 0; i < count; ++i) {
+        C* left = left_ + i * left_stride_;
+        if (pre_) {
+          const Vector<C> mean = splat<C>(mean_[i]), rstd = splat<C>(rstd_[i]);
+          transform_row<C>(x(i) + column, columns, left, [&](int64_t at, auto v, auto extent) {
+            return (v - mean) * rstd * load<C>(norm_weight_ + column + at, extent) +
+                   load<C>(norm_bias_ + column + at, extent);
+          });
+        } else {
+          transform_row<C>(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
+        }
+        round_operand(p_, left, columns);
+      }
+      RightOperand<C> right = down_;
+      right.data += column * right.k_stride;
+      multiply<C>(count, view_.bottleneck, columns, {left_, left_stride_, 1}, right, hidden_,
+                  hidden_stride_, column > 0);
+    }
+  }
+
+  // hidden = act(hidden), saved before where it is wanted.
+  void activate_rows(int64_t count) {
+    const int64_t r = view_.bottleneck;
+    if (p_.hidden) {
+      for (int64_t i = 0; i < count; ++i) {
+        const C* from = hidden_ + i * hidden_stride_;
+        std::copy(from, from + r, static_cast<C*>(p_.hidden) + row_[i] * p_.hidden_stride);
+      }
+    }
+    dispatch_activation(p_.activation, [&]<Activation activation>() {
+      for (int64_t i = 0; i < count; ++i) {
+        C* h = hidden_ + i * hidden_stride_;
+        transform_row<C>(h, r, h, [](int64_t, auto v, auto) {
+          return activate<activation, VectorMath<C>>(v);
+        });
+        round_operand(p_, h, r);
+      }
+    });
+  }
+
+  void project_up(int64_t count) {
+    for (int64_t column = 0; column < width_; column += out_columns_) {
+      const int64_t columns = std::min(out_columns_, width_ - column);
+      RightOperand<C> right = up_;
+      right.data += column / kPanel<C> * right.panel_stride;
+      multiply<C>(count, columns, view_.bottleneck, {hidden_, hidden_stride_, 1}, right, out_,
+                  out_stride_, false);
+      for (int64_t i = 0; i < count; ++i) {
+        if (!pre_) moments(out_ + i * out_stride_, width_, p_.eps, mean_ + i, rstd_ + i);
+        for (int64_t start = 0; start < columns; start += kColumnBlock) {
+          finish(i, column + start, std::min(kColumnBlock, columns - start),
+                 out_ + i * out_stride_ + start);
+        }
+      }
+    }
+  }
+
+  // y = x + d, d = scale · mask ⊙ o, for some columns of a row; adds ||d||² to its penalty.
+  void finish(int64_t i, int64_t column, int64_t columns, const C* o) {
+    if (dropout_.active()) dropout_.fill(row_[i], column, columns, mask_);
+    const auto with_options = [&]<bool masked, bool post>() {
+      const Vector<C> mean = splat<C>(mean_[i]), rstd = splat<C>(rstd_[i]);
+      const Vector<C> scale = splat<C>(static_cast<C>(plan_.depth_scale));
+      const X* from = x(i) + column;
+      X* to = y(i) + column;
+      Vector<C> squares = {};
+      for_each_vector<C>(columns, [&](int64_t at, auto extent) {
+        Vector<C> d = load<C>(o + at, extent);
+        if constexpr (post) {
+          d = (d - mean) * rstd * load<C>(norm_weight_ + column + at, extent) +
+              load<C>(norm_bias_ + column + at, extent);
+        }
+        if constexpr (masked) d *= load<C>(mask_ + at, extent);
+        d *= scale;
+        squares += d * d;
+        store<C>(to + at, p_.residual ? load<C>(from + at, extent) + d : d, extent);
+      });
+      if (penalties_) penalty_[i] += horizontal_sum<C>(squares);
+    };
+    if (dropout_.active()) {
+      pre_ ? with_options.template operator()<true, false>()
+           : with_options.template operator()<true, true>();
+    } else {
+      pre_ ? with_options.template operator()<false, false>()
+           : with_options.template operator()<false, true>();
+    }
+  }
+
+  const LinearAdapterForward& p_;
+  const Plan& plan_;
+  C* penalties_;  // [active rows], ||d||² of each; null: not wanted
+  const Dropout dropout_;
+  const bool pre_;
+  const int64_t width_, block_rows_, left_stride_, hidden_stride_, out_columns_, out_stride_;
+  AdapterView view_;
+  RightOperand<C> down_, up_;
+  C *packed_down_, *packed_up_, *norm_weight_, *norm_bias_, *mean_, *rstd_, *penalty_, *left_,
+      *hidden_, *out_, *mask_;
+  int64_t* row_;
+};
+
+template <class X>
+void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
+  using C = Accumulate<X>;
+  Plan plan;
+  plan.build(problem);
+  const int64_t width = problem.hidden_size, rows_per_sample = problem.routing.rows_per_sample;
+  for (const Samples& samples : plan.untouched) {
+    for (int64_t i = 0; i < samples.count; ++i) {
+      const int64_t begin = samples[i] * rows_per_sample * width;
+      const X* from = static_cast<const X*>(problem.x) + begin;
+      std::copy(from, from + rows_per_sample * width, static_cast<X*>(problem.y) + begin);
+    }
+  }
+  std::unique_ptr<C[]> penalties;
+  if (problem.l2_lambda) penalties.reset(new C[static_cast<size_t>(plan.active_rows)]);
+  if (plan.active_rows > 0) {
+    const int64_t blocks =
+        (plan.active_rows + kTileRows - 1) / kTileRows;  // no task for less than a tile
+    const int64_t tasks = std::min(parallel.threads, blocks);
+    parallel(tasks, [&](int64_t task) {
+      Forward<X>(problem, plan, penalties.get()).run(task, tasks);
+    });
+  }
+  C* aux = static_cast<C*>(problem.aux);
+  std::fill(aux, aux + problem.routing.adapters, C(0));
+  if (penalties) {
+    for (const Segment& segment : plan.segments) {
+      double sum = 0.0;  // in the order of the segment's rows, whatever the threads
+      for (int64_t i = 0; i < segment.rows; ++i) sum += penalties[segment.first_position + i];
+      const double lambda = static_cast<const C*>(problem.l2_lambda)[segment.adapter];
+      aux[segment.adapter] =
+          static_cast<C>(lambda * sum / static_cast<double>(segment.adapter_samples));
+    }
+  }
+}
+
+}  // namespace
+
+void linear_adapter_forward(const LinearAdapterForward& problem, const Parallel& parallel) {
+  switch (problem.data_type) {
+    case DataType::kFloat64: return forward<double>(problem, parallel);
+    case DataType::kFloat32: return forward<float>(problem, parallel);
+    case DataType::kBFloat16: return forward<BFloat16>(problem, parallel);
+    case DataType::kFloat16: return forward<Float16>(problem, parallel);
+  }
+}
+
+}  // namespace ADAPTER_EXT_CPU_LEVEL
+}  // namespace adapter_ext::cpu

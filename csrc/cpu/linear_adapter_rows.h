@@ -1,0 +1,185 @@
+// What the forward and the backward of linear_adapter share on the CPU: a row block's view of the
+// problem, weight packing by type, dropout masks, the split of the rows over threads.
+#pragma once
+
+#include <algorithm>
+
+#include "common/activation.h"
+#include "common/philox.h"
+#include "common/problem.h"
+#include "cpu/matmul.h"
+#include "cpu/plan.h"
+
+namespace adapter_ext::cpu {
+inline namespace ADAPTER_EXT_CPU_LEVEL {
+
+// Columns worked on at a time, a multiple of the 4 columns that share a Philox counter.
+inline constexpr int64_t kColumnBlock = kBlockK;
+// Rows are padded so that the same column of successive rows does not fall into one cache set.
+template <class C>
+inline constexpr int64_t kRowPadding = 64 / static_cast<int64_t>(sizeof(C));
+
+// Rows of a block: as many as keep x, and scratch of its size, in a second-level cache.
+template <class C>
+ADAPTER_EXT_HOST_DEVICE int64_t block_rows(int64_t hidden_size) {
+  const int64_t fitting = (192 << 10) / (hidden_size * static_cast<int64_t>(sizeof(C)));
+  return std::clamp<int64_t>(fitting / kTileRows * kTileRows, 24, 96);
+}
+
+inline AdapterView adapter_view(const AdapterTable& table, int64_t a) {
+  if (table.list) return table.list[a];
+  const auto at = [a](const void* base, int64_t step) {
+    return static_cast<const void*>(static_cast<const char*>(base) + a * step);
+  };
+  AdapterView view = table.first;
+  view.norm_weight = at(view.norm_weight, table.norm_weight_step);
+  view.norm_bias = at(view.norm_bias, table.norm_bias_step);
+  view.down = at(view.down, table.down_step);
+  view.up = at(view.up, table.up_step);
+  return view;
+}
+
+// Calls function(typed pointer) for weights, whose type is x's or float.
+template <class X, class Function>
+ADAPTER_EXT_HOST_DEVICE void with_weights(DataType type, const void* weights, Function&& function) {
+  if (type == DataType::kFloat32) {
+    function(static_cast<const float*>(weights));
+  } else {
+    function(static_cast<const X*>(weights));
+  }
+}
+
+// Rounds values in place to the 16-bit type of a product's operands.
+template <class C>
+static void round_operand(const LinearAdapterProblem& problem, C* values, int64_t count) {
+  if (problem.operand_type == problem.data_type) return;
+  for_each_vector<C>(count, [&](int64_t i, auto extent) {
+    const auto wide = load<C>(values + i, extent);
+    const auto narrow = [&]<class Narrow>(Narrow* part) {
+      if constexpr (std::is_same_v<C, double>) {
+        for (int lane = 0; lane < kLanes<C>; ++lane) {
+          float once[kLanes<float>] = {static_cast<float>(wide[lane])};
+          store<float>(part, load<float>(once));
+          store<float>(once, load<float>(part));
+          if (i + lane < count) values[i + lane] = once[0];
+        }
+      } else {
+        store<C>(part, wide);
+        store<C>(values + i, load<C>(part), extent);
+      }
+    };
+    if (problem.operand_type == DataType::kBFloat16) {
+      BFloat16 part[kLanes<float>];
+      narrow(part);
+    } else {
+      Float16 part[kLanes<float>];
+      narrow(part);
+    }
+  });
+}
+
+// The norm's vectors of one adapter, in the accumulate type.
+template <class X>
+static void unpack_vector(DataType type, const void* from, int64_t count, Accumulate<X>* to) {
+  using C = Accumulate<X>;
+  with_weights<X>(type, from, [&](const auto* source) {
+    for_each_vector<C>(count, [&](int64_t i, auto extent) {
+      store<C>(to + i, load<C>(source + i, extent), extent);
+    });
+  });
+}
+
+template <class X>
+static RightOperand<Accumulate<X>> pack(const LinearAdapterProblem& problem, const void* weights,
+                                        int64_t stride, int64_t k_count, int64_t columns,
+                                        bool transposed, Accumulate<X>* to) {
+  using C = Accumulate<X>;
+  with_weights<X>(problem.weight_type, weights, [&](const auto* from) {
+    if (transposed) {
+      pack_transposed<C>(from, stride, k_count, columns, to);
+    } else {
+      pack_same_order<C>(from, stride, k_count, columns, to);
+    }
+  });
+  round_operand(problem, to, k_count * padded<C>(columns));
+  return {to, k_count * kPanel<C>, kPanel<C>};
+}
+
+// Dropout of the output: 0 or 1 / keep probability for each element.
+struct Dropout {
+  PhiloxKey key;
+  uint64_t threshold;
+  double kept_scale;
+
+  explicit Dropout(const LinearAdapterProblem& problem)
+      : key(problem.dropout > 0.0 ? philox_key(*problem.seed) : PhiloxKey{}),
+        threshold(drop_threshold(problem.dropout)),
+        kept_scale(problem.dropout < 1.0 ? 1.0 / (1.0 - problem.dropout) : 0.0) {}
+
+  bool active() const { return threshold > 0; }
+
+  // Fills scale[0 .. count) for the columns from first_column (a multiple of 4) of a row; `scale`
+  // has room for a multiple of 64.
+  template <class C>
+  void fill(int64_t row, int64_t first_column, int64_t count, C* scale) const {
+    constexpr int batch = 16;  // counters at a time, for the vectoriser
+    for (int64_t start = 0; start < count; start += 4 * batch) {
+      uint32_t c[4][batch];
+      for (int i = 0; i < batch; ++i) {
+        c[0][i] = static_cast<uint32_t>(row);
+        c[1][i] = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
+        c[2][i] = static_cast<uint32_t>((first_column + start) / 4 + i);
+        c[3][i] = kDropoutStream;
+      }
+      PhiloxKey round_key = key;
+      for (int round = 0; round < 10; ++round) {
+        for (int i = 0; i < batch; ++i) {
+          uint32_t counter[4] = {c[0][i], c[1][i], c[2][i], c[3][i]};
+          philox_round(counter, round_key);
+          for (int word = 0; word < 4; ++word) c[word][i] = counter[word];
+        }
+        round_key.low += 0x9E3779B9u;
+        round_key.high += 0xBB67AE85u;
+      }
+      for (int i = 0; i < batch; ++i) {
+        for (int word = 0; word < 4; ++word) {
+          scale[start + 4 * i + word] = c[word][i] >= threshold ? static_cast<C>(kept_scale) : C(0);
+        }
+      }
+    }
+  }
+};
+
+// Splits the row blocks of all segments over tasks of about equal cost, each a contiguous range so
+// that a task packs an adapter's weights once, and calls body(segment, first, count) for those of
+// one task. Packing an adapter costs about as much as kPackingRows rows.
+template <class Body>
+static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task, int64_t tasks,
+                           Body&& body) {
+  constexpr int64_t kPackingRows = 8;
+  const int64_t total =
+      plan.active_rows + kPackingRows * static_cast<int64_t>(plan.segments.size());
+  int64_t cost = 0;
+  for (const Segment& segment : plan.segments) {
+    cost += kPackingRows;
+    // Blocks of equal size, so that none is a lone last row.
+    const int64_t blocks = (segment.rows + rows_in_block - 1) / rows_in_block;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * segment.rows / blocks;
+      const int64_t count = (block + 1) * segment.rows / blocks - first;
+      if ((cost * tasks) / total == task) body(segment, first, count);
+      cost += count;
+    }
+  }
+}
+
+template <class C, class X, class Transform>
+ADAPTER_EXT_HOST_DEVICE void transform_row(const X* from, int64_t count, C* to,
+                                           Transform&& transform) {
+  for_each_vector<C>(count, [&](int64_t i, auto extent) {
+    store<C>(to + i, transform(i, load<C>(from + i, extent), extent), extent);
+  });
+}
+
+}  // namespace ADAPTER_EXT_CPU_LEVEL
+}  // namespace adapter_ext::cpu

@@ -1,0 +1,83 @@
+#include "cpu/plan.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "common/philox.h"
+
+namespace adapter_ext::cpu {
+
+Plan::Plan() = default;
+Plan::~Plan() = default;
+
+void Plan::build(const LinearAdapterProblem& problem) {
+  const RoutingView& routing = problem.routing;
+  const bool drops = problem.stochastic_depth > 0.0;
+  const PhiloxKey key = drops ? philox_key(*problem.seed) : PhiloxKey{};
+  const uint64_t threshold = drop_threshold(problem.stochastic_depth);
+  if (drops) {
+    depth_scale =
+        problem.stochastic_depth < 1.0 ? 1.0 / (1.0 - problem.stochastic_depth) : 0.0;
+    if (problem.depth_mode == DepthMode::kSample) {
+      kept_.reserve(routing.samples);  // reserved, so that pointers into them stay valid
+      dropped_.reserve(routing.samples);
+    }
+  }
+
+  const auto all = [&](int64_t begin, int64_t end) {
+    return routing.order ? Samples{routing.order + begin, 0, end - begin}
+                         : Samples{nullptr, begin, end - begin};
+  };
+  for (int64_t a = 0; a < routing.adapters; ++a) {
+    const int64_t begin = routing.order ? routing.offsets[a] : 0;
+    const int64_t end = routing.order ? routing.offsets[a + 1] : routing.samples;
+    if (begin == end) continue;
+    Samples samples = all(begin, end);
+    if (drops && problem.depth_mode == DepthMode::kCall) {
+      if (!depth_keeps(a, key, threshold)) {
+        untouched.push_back(samples);
+        continue;
+      }
+    } else if (drops) {
+      const int64_t kept_before = static_cast<int64_t>(kept_.size());
+      const int64_t dropped_before = static_cast<int64_t>(dropped_.size());
+      for (int64_t i = 0; i < samples.count; ++i) {
+        (depth_keeps(samples[i], key, threshold) ? kept_ : dropped_).push_back(samples[i]);
+      }
+      const int64_t kept = static_cast<int64_t>(kept_.size()) - kept_before;
+      if (kept < samples.count) {
+        untouched.push_back({dropped_.data() + dropped_before, 0, samples.count - kept});
+      }
+      if (kept == 0) continue;
+      samples = {kept_.data() + kept_before, 0, kept};
+    }
+    const int64_t rows = samples.count * routing.rows_per_sample;
+    if (rows == 0) continue;
+    segments.push_back({a, end - begin, samples, rows, active_rows});
+    active_rows += rows;
+  }
+  if (routing.order) {
+    const int64_t begin = routing.offsets[routing.adapters];
+    if (begin < routing.samples) untouched.push_back(all(begin, routing.samples));
+  }
+}
+
+void* thread_scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t capacity = 0;
+  if (bytes > capacity) {
+    memory.reset();
+    capacity = 0;
+    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    memory.reset(std::aligned_alloc(64, static_cast<size_t>(rounded)));
+    if (!memory) throw std::bad_alloc();
+    capacity = rounded;
+  }
+  return memory.get();
+}
+
+}  // namespace adapter_ext::cpu

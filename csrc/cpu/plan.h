@@ -1,0 +1,93 @@
+// What one call of linear_adapter has to compute: which rows, for which adapters.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/problem.h"
+
+namespace adapter_ext::cpu {
+
+// Runs body(task, context) for each task in [0, tasks), on as many threads as there are.
+struct Parallel {
+  int64_t threads;
+  void (*run)(int64_t tasks, void (*body)(int64_t task, void* context), void* context);
+
+  template <class Body>
+  void operator()(int64_t tasks, Body&& body) const {
+    if (tasks == 1) return body(int64_t{0});  // a parallel region costs more than a small task
+    using Plain = std::remove_reference_t<Body>;
+    run(
+        tasks, [](int64_t task, void* context) { (*static_cast<Plain*>(context))(task); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+};
+
+// Samples in the order in which they are worked on; null `list`: first, first + 1, ...
+struct Samples {
+  const int64_t* list;
+  int64_t first;
+  int64_t count;
+
+  int64_t operator[](int64_t i) const { return list ? list[i] : first + i; }
+};
+
+// The active rows of one adapter.
+struct Segment {
+  int64_t adapter;
+  int64_t adapter_samples;  // B_a, dropped ones included
+  Samples samples;
+  int64_t rows;
+  int64_t first_position;  // of its rows among the active rows of the call
+};
+
+struct Plan {
+  std::vector<Segment> segments;
+  std::vector<Samples> untouched;  // no adapter, or dropped by stochastic depth
+  int64_t active_rows = 0;
+  double depth_scale = 1.0;  // 1 / keep probability
+
+  Plan();
+  ~Plan();
+  Plan(const Plan&) = delete;  // segments point into kept_
+  Plan& operator=(const Plan&) = delete;
+
+  void build(const LinearAdapterProblem& problem);
+
+  // The row of x for the i-th active row of a segment.
+  static int64_t row(const Segment& segment, int64_t rows_per_sample, int64_t i) {
+    if (rows_per_sample == 1) return segment.samples[i];
+    return segment.samples[i / rows_per_sample] * rows_per_sample + i % rows_per_sample;
+  }
+
+ private:
+  std::vector<int64_t> kept_;
+  std::vector<int64_t> dropped_;
+};
+
+// A buffer of the calling thread, 64-byte aligned, at least `bytes` long. It is kept for the next
+// call, since fresh memory costs a page fault every 4 KiB. Throws std::bad_alloc.
+void* thread_scratch(int64_t bytes);
+
+// Hands out pieces of the thread's scratch.
+class Scratch {
+ public:
+  template <class T>
+  static int64_t bytes(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+
+  explicit Scratch(int64_t total) : next_(static_cast<char*>(thread_scratch(total))) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(count);
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
+}  // namespace adapter_ext::cpu

@@ -1,0 +1,316 @@
+// The ops linear_adapter_forward and linear_adapter_backward for any backend: they check tensors,
+// allocate the results and fill in the kernels' structs. `Backend::run(problem)` computes.
+#pragma once
+
+#include <tuple>
+
+#include "tensor_checks.h"
+
+namespace adapter_ext {
+
+using TensorList = std::vector<Tensor>;
+
+// The arguments that both ops share, and the structs made of them.
+class LinearAdapterArguments {
+ public:
+  static constexpr const char* kOp = "linear_adapter";
+
+  LinearAdapterArguments(const Tensor& x, const TensorList& norm_weight,
+                         const TensorList& norm_bias, const TensorList& down, const TensorList& up,
+                         const std::optional<Tensor>& order, const std::optional<Tensor>& offsets,
+                         int64_t activation, int64_t norm_position, double eps, double dropout,
+                         double stochastic_depth, int64_t depth_mode, bool residual,
+                         const std::optional<Tensor>& l2_lambda, const std::optional<Tensor>& seed,
+                         int64_t compute_type)
+      : x_(as_contiguous(x)) {
+    p_.data_type = data_type({kOp, "x"}, x);
+    accumulate_type_ =
+        p_.data_type == DataType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    if (x.dim() < 1 || x.size(x.dim() - 1) < 1) {
+      fail({kOp, "x"}, "expected shape [..., D] with D >= 1, got ", shape_text(x));
+    }
+    p_.hidden_size = x.size(x.dim() - 1);
+    p_.rows = x.numel() / p_.hidden_size;
+    p_.activation = static_cast<Activation>(activation);
+    p_.norm_position = static_cast<NormPosition>(norm_position);
+    p_.depth_mode = static_cast<DepthMode>(depth_mode);
+    p_.residual = residual;
+    p_.eps = eps;
+    p_.dropout = dropout;
+    p_.stochastic_depth = stochastic_depth;
+    p_.operand_type = compute_type < 0 ? p_.data_type : static_cast<DataType>(compute_type);
+    set_adapters(norm_weight, norm_bias, down, up);
+    set_routing(order, offsets);
+    if (seed) {
+      check_device({kOp, "seed"}, *seed, x_);
+      check_type({kOp, "seed"}, *seed, {ScalarType::Long});
+      if (seed->numel() != 1) {
+        fail({kOp, "seed"}, "expected one element, got shape ", shape_text(*seed));
+      }
+      p_.seed = static_cast<const int64_t*>(seed->data_ptr());
+    } else if (dropout > 0.0 || stochastic_depth > 0.0) {
+      fail({kOp, "seed"}, "expected a tensor where dropout or stochastic_depth is above 0");
+    }
+    if (l2_lambda) {
+      check_device({kOp, "l2_lambda"}, *l2_lambda, x_);
+      check_type({kOp, "l2_lambda"}, *l2_lambda, {accumulate_type_});
+      check_shape({kOp, "l2_lambda"}, *l2_lambda, {p_.routing.adapters});
+      l2_lambda_ = as_contiguous(*l2_lambda);
+      p_.l2_lambda = l2_lambda_->data_ptr();
+    }
+  }
+
+  const LinearAdapterProblem& problem() const { return p_; }
+  const Tensor& x() const { return x_; }
+  ScalarType accumulate_type() const { return accumulate_type_; }
+  bool stacked() const { return p_.adapters.list == nullptr; }
+  int64_t bottleneck(int64_t a) const { return stacked() ? p_.hidden_stride : views_[a].bottleneck; }
+
+ private:
+  void set_adapters(const TensorList& norm_weight, const TensorList& norm_bias,
+                    const TensorList& down, const TensorList& up) {
+    const size_t count = down.size();
+    const auto check_count = [&](const TensorList& list, const char* name) {
+      if (list.size() != count) {
+        fail({kOp, name}, "expected as many tensors as down has, ", count, ", got ", list.size());
+      }
+    };
+    check_count(norm_weight, "norm_weight");
+    check_count(norm_bias, "norm_bias");
+    check_count(up, "up");
+    // One tensor of three dimensions is a stack.
+    const bool stack = count == 1 && down[0].dim() == 3;
+    const int64_t dims = stack ? 3 : 2;
+    p_.weight_type = count ? data_type({kOp, "down", 0}, down[0]) : p_.data_type;
+    p_.hidden_stride = 0;
+    views_.resize(count);
+    for (size_t a = 0; a < count; ++a) {
+      const int64_t i = stack ? -1 : static_cast<int64_t>(a);
+      const auto check = [&](const Tensor& tensor, const char* argument, int64_t expected_dims) {
+        const ArgumentName name{kOp, argument, i};
+        check_device(name, tensor, x_);
+        if (p_.data_type == DataType::kFloat32) {
+          check_type(name, tensor, {ScalarType::Float});
+        } else {
+          check_type(name, tensor, {x_.scalar_type(), ScalarType::Float});
+        }
+        if (tensor.scalar_type() != down[0].scalar_type()) {
+          fail(name, "expected the dtype of down, ", type_text(down[0].scalar_type()), ", got ",
+               type_text(tensor.scalar_type()));
+        }
+        if (tensor.dim() != expected_dims) {
+          fail(name, "expected ", expected_dims, " dimensions, got shape ", shape_text(tensor));
+        }
+        const int64_t last = tensor.dim() - 1;
+        if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
+          fail(name, "expected a last dimension with stride 1, got stride ", tensor.stride(last));
+        }
+      };
+      check(down[a], "down", dims);
+      check(up[a], "up", dims);
+      check(norm_weight[a], "norm_weight", dims - 1);
+      check(norm_bias[a], "norm_bias", dims - 1);
+      const int64_t r = down[a].size(dims - 2), width = p_.hidden_size;
+      if (r < 1) fail({kOp, "down", i}, "expected a bottleneck >= 1, got ", shape_text(down[a]));
+      if (stack) {
+        const int64_t adapters = down[a].size(0);
+        check_shape({kOp, "down"}, down[a], {adapters, r, width});
+        check_shape({kOp, "up"}, up[a], {adapters, width, r});
+        check_shape({kOp, "norm_weight"}, norm_weight[a], {adapters, width});
+        check_shape({kOp, "norm_bias"}, norm_bias[a], {adapters, width});
+      } else {
+        check_shape({kOp, "down", i}, down[a], {r, width});
+        check_shape({kOp, "up", i}, up[a], {width, r});
+        check_shape({kOp, "norm_weight", i}, norm_weight[a], {width});
+        check_shape({kOp, "norm_bias", i}, norm_bias[a], {width});
+      }
+      views_[a] = {norm_weight[a].data_ptr(),
+                   norm_bias[a].data_ptr(),
+                   down[a].data_ptr(),
+                   up[a].data_ptr(),
+                   down[a].stride(dims - 2),
+                   up[a].stride(dims - 2),
+                   r};
+      p_.hidden_stride = r > p_.hidden_stride ? r : p_.hidden_stride;
+    }
+    if (stack) {
+      const int64_t size = p_.weight_type == DataType::kFloat64   ? 8
+                           : p_.weight_type == DataType::kFloat32 ? 4
+                                                                  : 2;
+      p_.adapters = {nullptr,
+                     views_[0],
+                     norm_weight[0].stride(0) * size,
+                     norm_bias[0].stride(0) * size,
+                     down[0].stride(0) * size,
+                     up[0].stride(0) * size};
+      p_.routing.adapters = down[0].size(0);
+    } else {
+      // Never null, which would say "stacked".
+      if (views_.empty()) views_.reserve(1);
+      p_.adapters.list = views_.data();
+      p_.routing.adapters = static_cast<int64_t>(count);
+    }
+  }
+
+  void set_routing(const std::optional<Tensor>& order, const std::optional<Tensor>& offsets) {
+    RoutingView& routing = p_.routing;
+    if (!order || !offsets) {
+      if (routing.adapters != 1) {
+        fail({kOp, "routing"}, "expected a routing for ", routing.adapters,
+             " adapters; without one there must be exactly 1 adapter");
+      }
+      routing.samples = x_.dim() > 1 ? x_.size(0) : 1;
+    } else {
+      for (const auto& [tensor, name] : {std::pair{&*order, "routing.order"},
+                                         std::pair{&*offsets, "routing.offsets"}}) {
+        check_device({kOp, name}, *tensor, x_);
+        check_type({kOp, name}, *tensor, {ScalarType::Long});
+        check_contiguous({kOp, name}, *tensor);
+      }
+      check_shape({kOp, "routing.order"}, *order, {-1});
+      if (offsets->dim() != 1 || offsets->size(0) != routing.adapters + 1) {
+        fail({kOp, "routing"}, "expected one made for ", routing.adapters,
+             " adapters (the weights'), got one for ", offsets->numel() - 1);
+      }
+      routing.order = static_cast<const int64_t*>(order->data_ptr());
+      routing.offsets = static_cast<const int64_t*>(offsets->data_ptr());
+      routing.samples = order->size(0);
+    }
+    const bool fits = routing.samples ? p_.rows % routing.samples == 0 : p_.rows == 0;
+    if (!fits) {
+      fail({kOp, "routing"}, "expected ids for the leading dimensions of x, ", shape_text(x_),
+           ", got ", routing.samples, " ids");
+    }
+    routing.rows_per_sample = routing.samples ? p_.rows / routing.samples : 0;
+  }
+
+  Tensor x_;
+  std::optional<Tensor> l2_lambda_;
+  ScalarType accumulate_type_;
+  LinearAdapterProblem p_{};
+  std::vector<AdapterView> views_;
+};
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_adapter_forward(
+    const Tensor& x, const TensorList& norm_weight, const TensorList& norm_bias,
+    const TensorList& down, const TensorList& up, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets, int64_t activation, int64_t norm_position, double eps,
+    double dropout, double stochastic_depth, int64_t depth_mode, bool residual,
+    const std::optional<Tensor>& l2_lambda, const std::optional<Tensor>& seed,
+    int64_t compute_type, bool save) {
+  const LinearAdapterArguments arguments(x, norm_weight, norm_bias, down, up, order, offsets,
+                                         activation, norm_position, eps, dropout, stochastic_depth,
+                                         depth_mode, residual, l2_lambda, seed, compute_type);
+  LinearAdapterForward problem{};
+  static_cast<LinearAdapterProblem&>(problem) = arguments.problem();
+  const Tensor& from = arguments.x();
+  const ScalarType type = arguments.accumulate_type();
+  const int64_t saved_rows = save ? problem.rows : 0;
+  const auto sizes = from.sizes();
+  Tensor y = empty(from, std::vector<int64_t>(sizes.begin(), sizes.end()), from.scalar_type());
+  Tensor aux = empty(from, {problem.routing.adapters}, type);
+  Tensor hidden = empty(from, {saved_rows, problem.hidden_stride}, type);
+  Tensor mean = empty(from, {saved_rows}, type);
+  Tensor rstd = empty(from, {saved_rows}, type);
+  problem.x = from.data_ptr();
+  problem.y = y.data_ptr();
+  problem.aux = aux.data_ptr();
+  if (save) {
+    problem.hidden = hidden.data_ptr();
+    problem.mean = mean.data_ptr();
+    problem.rstd = rstd.data_ptr();
+  }
+  Backend::run(problem);
+  return {y, aux, hidden, mean, rstd};
+}
+
+// Returns the gradients that `needed` asks for, in its order: x, then norm_weight, norm_bias, down
+// and up, each with as many flags as tensors.
+template <class Backend>
+TensorList linear_adapter_backward(
+    const Tensor& grad_y, const std::optional<Tensor>& grad_aux, const Tensor& x,
+    const TensorList& norm_weight, const TensorList& norm_bias, const TensorList& down,
+    const TensorList& up, const std::optional<Tensor>& order, const std::optional<Tensor>& offsets,
+    const Tensor& hidden, const Tensor& mean, const Tensor& rstd, int64_t activation,
+    int64_t norm_position, double eps, double dropout, double stochastic_depth, int64_t depth_mode,
+    bool residual, const std::optional<Tensor>& l2_lambda, const std::optional<Tensor>& seed,
+    int64_t compute_type, const std::vector<int64_t>& needed) {
+  const LinearAdapterArguments arguments(x, norm_weight, norm_bias, down, up, order, offsets,
+                                         activation, norm_position, eps, dropout, stochastic_depth,
+                                         depth_mode, residual, l2_lambda, seed, compute_type);
+  constexpr const char* op = "linear_adapter_backward";
+  LinearAdapterBackward problem{};
+  static_cast<LinearAdapterProblem&>(problem) = arguments.problem();
+  const Tensor& from = arguments.x();
+  const ScalarType type = arguments.accumulate_type();
+  const auto check_saved = [&](const Tensor& tensor, const char* name,
+                               std::initializer_list<int64_t> shape) {
+    check_device({op, name}, tensor, from);
+    check_type({op, name}, tensor, {type});
+    check_shape({op, name}, tensor, shape);
+    check_contiguous({op, name}, tensor);
+  };
+  check_saved(hidden, "hidden", {problem.rows, problem.hidden_stride});
+  check_saved(mean, "mean", {problem.rows});
+  check_saved(rstd, "rstd", {problem.rows});
+  check_device({op, "grad_y"}, grad_y, from);
+  check_type({op, "grad_y"}, grad_y, {from.scalar_type()});
+  if (grad_y.numel() != from.numel()) {
+    fail({op, "grad_y"}, "expected the shape of x, ", shape_text(from), ", got ",
+         shape_text(grad_y));
+  }
+  const size_t count = down.size();
+  if (needed.size() != 1 + 4 * count) {
+    fail({op, "needed"}, "expected ", 1 + 4 * count, " flags, got ", needed.size());
+  }
+  const Tensor grad = as_contiguous(grad_y);
+  std::optional<Tensor> aux;
+  if (grad_aux) {
+    check_device({op, "grad_aux"}, *grad_aux, from);
+    check_type({op, "grad_aux"}, *grad_aux, {type});
+    check_shape({op, "grad_aux"}, *grad_aux, {problem.routing.adapters});
+    aux = as_contiguous(*grad_aux);
+  }
+  TensorList results;
+  const auto result = [&](const Tensor& like, size_t flag) -> void* {
+    if (!needed[flag]) return nullptr;
+    const auto sizes = like.sizes();
+    results.push_back(
+        empty(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type()));
+    return results.back().data_ptr();
+  };
+  problem.grad_x = result(from, 0);
+  std::vector<AdapterGradients> gradients(count);
+  for (size_t a = 0; a < count; ++a) gradients[a].norm_weight = result(norm_weight[a], 1 + a);
+  for (size_t a = 0; a < count; ++a) gradients[a].norm_bias = result(norm_bias[a], 1 + count + a);
+  for (size_t a = 0; a < count; ++a) gradients[a].down = result(down[a], 1 + 2 * count + a);
+  for (size_t a = 0; a < count; ++a) gradients[a].up = result(up[a], 1 + 3 * count + a);
+  if (arguments.stacked()) {
+    // Each adapter's gradients within the stacks, which are contiguous.
+    const AdapterGradients first = gradients[0];
+    const int64_t size = problem.weight_type == DataType::kFloat64   ? 8
+                         : problem.weight_type == DataType::kFloat32 ? 4
+                                                                     : 2;
+    const int64_t width = problem.hidden_size, matrix = width * problem.hidden_stride;
+    gradients.resize(static_cast<size_t>(problem.routing.adapters));
+    for (int64_t a = 0; a < problem.routing.adapters; ++a) {
+      const auto at = [&](void* base, int64_t elements) -> void* {
+        return base ? static_cast<char*>(base) + a * elements * size : nullptr;
+      };
+      gradients[static_cast<size_t>(a)] = {at(first.norm_weight, width), at(first.norm_bias, width),
+                                           at(first.down, matrix), at(first.up, matrix)};
+    }
+  }
+  problem.x = from.data_ptr();
+  problem.grad_y = grad.data_ptr();
+  problem.grad_aux = aux ? aux->data_ptr() : nullptr;
+  problem.hidden = hidden.data_ptr();
+  problem.mean = mean.data_ptr();
+  problem.rstd = rstd.data_ptr();
+  problem.gradients = gradients.data();
+  Backend::run(problem);
+  return results;
+}
+
+}  // namespace adapter_ext

@@ -1,0 +1,39 @@
+// adapter_ext._C: facts of the build, and hooks for tests and benchmarks.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/capability.h"
+
+namespace {
+
+std::vector<std::string> compiled_capabilities() {
+  std::vector<std::string> names;
+  for (const auto capability : adapter_ext::cpu::compiled_capabilities()) {
+    names.emplace_back(adapter_ext::cpu::name(capability));
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Facts of the build of adapter_ext, and hooks for tests and benchmarks.";
+  module.attr("version") = ADAPTER_EXT_VERSION;
+  module.attr("torch_version") = ADAPTER_EXT_TORCH_VERSION;
+  module.attr("compiler") = ADAPTER_EXT_COMPILER;
+  module.attr("build_type") = ADAPTER_EXT_BUILD_TYPE;
+  module.def("compiled_cpu_capabilities", &compiled_capabilities,
+             "CPU levels that the library was compiled for, lowest first.");
+  module.def(
+      "cpu_capability", [] { return adapter_ext::cpu::name(adapter_ext::cpu::capability()); },
+      "The CPU level in use. Raises RuntimeError where ADAPTER_EXT_CPU_CAPABILITY names one that "
+      "is not there.");
+  module.def("fma_loop", &adapter_ext::cpu::fma_loop, pybind11::arg("iterations"),
+             pybind11::call_guard<pybind11::gil_scoped_release>(),
+             "Runs fp32 multiply-adds in registers alone on this thread, at the CPU level in use; "
+             "returns the number of floating-point operations.");
+}
