@@ -21,6 +21,7 @@ from adapter_ext.types import AdapterWeights, Routing
 __all__ = ["linear_adapter", "route"]
 
 _native = torch.ops.adapter_ext
+_inference = _native.linear_adapter.default
 _forward = _native.linear_adapter_forward.default
 _backward = _native.linear_adapter_backward.default
 _route = _native.route.default
@@ -43,18 +44,21 @@ _NOT_ROUNDED = -1
 
 
 class _Options(NamedTuple):
-    """The options of the native ops, in the order of their schemas."""
+    """The options of the native ops: order and defaults of their schemas."""
 
-    activation: int
-    norm_position: int
-    eps: float
-    dropout: float
-    stochastic_depth: float
-    depth_mode: int
-    residual: bool
-    l2_lambda: Tensor | None
-    seed: Tensor | None
-    compute_type: int
+    activation: int = 4
+    norm_position: int = 0
+    eps: float = 1e-5
+    residual: bool = True
+    compute_type: int = _NOT_ROUNDED
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    depth_mode: int = 0
+    l2_lambda: Tensor | None = None
+    seed: Tensor | None = None
+
+
+_DEFAULT_OPTIONS = tuple(_Options())[:5]
 
 
 def route(ids: Tensor, num_adapters: int) -> Routing:
@@ -158,21 +162,20 @@ def linear_adapter(
         seed,
         compute_dtype,
     )
-    if torch.compiler.is_compiling():
-        y, aux, *_ = _forward(*arguments, torch.is_grad_enabled())
-    elif torch.is_grad_enabled():
-        x, norm_weight, norm_bias, down, up, *rest = arguments
-        y, aux = _LinearAdapter.apply(tuple(rest), x, *norm_weight, *norm_bias, *down, *up)
+    if not torch.is_grad_enabled():
+        y, aux = _inference(*arguments)
+    elif torch.compiler.is_compiling():
+        y, aux, _, _, _ = _forward(*arguments)
     else:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, aux, _, _, _ = _forward(*arguments, False)
+        x, flat, *rest = arguments
+        y, aux = _LinearAdapter.apply(rest, x, *flat)
     return y, aux
 
 
 def raw_forward_arguments(
     x: Tensor, weights: AdapterWeights, routing: Routing | None = None, **options: Any
 ) -> tuple[Any, ...]:
-    """The positional arguments of ``torch.ops.adapter_ext.linear_adapter_forward``, for tests.
+    """The positional arguments of the native ops linear_adapter and linear_adapter_forward.
 
     Args:
         x: as in :func:`linear_adapter`.
@@ -181,15 +184,28 @@ def raw_forward_arguments(
         options: the keyword arguments of :func:`linear_adapter`.
 
     Returns:
-        All arguments, the last one (``save``) True.
+        The arguments, without those at the end that have their default value.
     """
     defaults = linear_adapter.__kwdefaults__
-    return (*_arguments(x, weights, routing, *{**defaults, **options}.values()), True)
+    return _arguments(x, weights, routing, *{**defaults, **options}.values())
 
 
-def _as_list(field: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    # The native ops take lists; one tensor of one dimension more is a stack.
-    return [field] if isinstance(field, Tensor) else list(field)
+def _flatten(weights: AdapterWeights) -> list[Tensor]:
+    """The weights as the native ops take them, in one list; a stack is a list of one tensor."""
+    norm_weight, norm_bias, down, up = weights
+    if isinstance(down, Tensor):
+        fields = [norm_weight, norm_bias, down, up]
+        stacks = [field for field in fields if isinstance(field, Tensor)]
+        if len(stacks) != 4:
+            raise TypeError("linear_adapter: weights: expected four tensors or four sequences")
+        return stacks
+    if len(norm_weight) == len(norm_bias) == len(down) == len(up):
+        return [*norm_weight, *norm_bias, *down, *up]
+    raise RuntimeError(
+        "linear_adapter: weights: expected as many tensors of each kind, got "
+        f"{len(norm_weight)} norm_weight, {len(norm_bias)} norm_bias, {len(down)} down, "
+        f"{len(up)} up"
+    )
 
 
 def _arguments(
@@ -225,12 +241,12 @@ def _arguments(
             "linear_adapter: stochastic_depth and l2_lambda are about the residual: expected 0 for "
             f"both with residual=False, got {stochastic_depth} and {l2_lambda}"
         )
-    norm_weight, norm_bias, down, up = (_as_list(field) for field in weights)
+    flat = _flatten(weights)
     if not training:
         dropout = stochastic_depth = 0.0
         has_l2 = False
     elif has_l2:
-        l2_lambda = _l2_lambdas(l2_lambda, x, down)
+        l2_lambda = _l2_lambdas(l2_lambda, x, flat)
     draws = dropout > 0.0 or stochastic_depth > 0.0
     if seed is not None and not (isinstance(seed, Tensor) and seed.dtype == torch.int64):
         got = seed.dtype if isinstance(seed, Tensor) else f"{type(seed).__name__} {seed}"
@@ -248,25 +264,19 @@ def _arguments(
                 "linear_adapter: routing: expected ids of the leading dimensions of x, "
                 f"{tuple(x.shape)}, got ids of shape {tuple(ids.shape)}"
             )
-    return (
-        x,
-        norm_weight,
-        norm_bias,
-        down,
-        up,
-        order,
-        offsets,
+    options: tuple[Any, ...] = (
         _code("activation", activation, _ACTIVATIONS),
         _code("norm_position", norm_position, _NORM_POSITIONS),
         eps,
-        dropout,
-        stochastic_depth,
-        _code("stochastic_depth_mode", stochastic_depth_mode, _DEPTH_MODES),
         residual,
-        l2_lambda if has_l2 else None,
-        seed,
         _NOT_ROUNDED if compute_dtype is None else _operand_type(x, compute_dtype),
     )
+    mode = _code("stochastic_depth_mode", stochastic_depth_mode, _DEPTH_MODES)
+    if draws or has_l2:
+        options += (dropout, stochastic_depth, mode, l2_lambda if has_l2 else None, seed)
+    elif options == _DEFAULT_OPTIONS:
+        options = ()
+    return (x, flat, order, offsets, *options)
 
 
 def _code(argument: str, name: str, codes: dict[str, int]) -> int:
@@ -289,19 +299,19 @@ def _operand_type(x: Tensor, compute_dtype: torch.dtype) -> int:
     return _OPERAND_TYPES[compute_dtype]
 
 
-def _num_adapters(down: list[Tensor]) -> int:
-    stacked = len(down) == 1 and down[0].ndim == 3
-    return down[0].shape[0] if stacked else len(down)
+def _num_adapters(flat: list[Tensor]) -> int:
+    stacked = len(flat) == 4 and flat[2].ndim == 3
+    return flat[2].shape[0] if stacked else len(flat) // 4
 
 
-def _l2_lambdas(l2_lambda: float | Tensor, x: Tensor, down: list[Tensor]) -> Tensor:
+def _l2_lambdas(l2_lambda: float | Tensor, x: Tensor, flat: list[Tensor]) -> Tensor:
     dtype = _accumulate_dtype(x)
     if not isinstance(l2_lambda, Tensor):
         if not 0.0 <= l2_lambda < math.inf:
             raise ValueError(
                 f"linear_adapter: l2_lambda: expected a finite value >= 0, got {l2_lambda}"
             )
-        return torch.full((_num_adapters(down),), l2_lambda, dtype=dtype, device=x.device)
+        return torch.full((_num_adapters(flat),), l2_lambda, dtype=dtype, device=x.device)
     return l2_lambda.to(dtype)
 
 
@@ -315,25 +325,32 @@ def _route_fake(ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor]:
     return ids.new_empty(ids.numel()), ids.new_empty(num_adapters + 1)
 
 
+@torch.library.register_fake("adapter_ext::linear_adapter")
+def _inference_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(x, weights, order, offsets)
+    return x.new_empty(x.shape), x.new_empty(_num_adapters(weights), dtype=_accumulate_dtype(x))
+
+
 @torch.library.register_fake("adapter_ext::linear_adapter_forward")
 def _forward_fake(
     x: Tensor,
-    norm_weight: list[Tensor],
-    norm_bias: list[Tensor],
-    down: list[Tensor],
-    up: list[Tensor],
-    order: Tensor | None,
-    offsets: Tensor | None,
+    weights: list[Tensor],
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_devices(x, norm_weight, norm_bias, down, up, order, offsets)
-    save = options[-1]
+) -> tuple[Tensor, ...]:
     dtype = _accumulate_dtype(x)
-    rows = math.prod(x.shape[:-1]) if save else 0
+    rows = math.prod(x.shape[:-1])
+    down = weights[len(weights) // 2 : len(weights) * 3 // 4]
     bottleneck = max((weight.shape[-2] for weight in down), default=0)
     return (
-        x.new_empty(x.shape),
-        x.new_empty(_num_adapters(down), dtype=dtype),
+        *_inference_fake(x, weights, order, offsets),
         x.new_empty((rows, bottleneck), dtype=dtype),
         x.new_empty(rows, dtype=dtype),
         x.new_empty(rows, dtype=dtype),
@@ -355,15 +372,16 @@ def _backward_fake(
     grad_y: Tensor,
     grad_aux: Tensor | None,
     x: Tensor,
-    norm_weight: list[Tensor],
-    norm_bias: list[Tensor],
-    down: list[Tensor],
-    up: list[Tensor],
-    *rest: Any,
+    weights: list[Tensor],
+    order: Tensor | None,
+    offsets: Tensor | None,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needed: list[int],
+    *options: Any,
 ) -> list[Tensor]:
-    needed = rest[-1]
-    inputs = [x, *norm_weight, *norm_bias, *down, *up]
-    return [t.new_empty(t.shape) for t, flag in zip(inputs, needed, strict=True) if flag]
+    return [t.new_empty(t.shape) for t, flag in zip([x, *weights], needed, strict=True) if flag]
 
 
 class _Saved(NamedTuple):
@@ -394,20 +412,21 @@ def _gradients(
                 grad_y,
                 grad_aux,
                 saved.x,
-                *_split(saved.weights),
+                saved.weights,
                 saved.order,
                 saved.offsets,
                 saved.hidden,
                 saved.mean,
                 saved.rstd,
-                *saved.options,
                 flags,
+                *saved.options,
             )
     remaining = iter(results)
     return [next(remaining) if flag else None for flag in flags]
 
 
 def _split(flat: list[Tensor]) -> list[list[Tensor]]:
+    """norm_weight, norm_bias, down and up of a flat list."""
     count = len(flat) // 4
     return [flat[i * count : (i + 1) * count] for i in range(4)]
 
@@ -464,68 +483,45 @@ class _LinearAdapter(torch.autograd.Function):
     """Eager mode's way to the native ops."""
 
     @staticmethod
-    def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *weights: Tensor) -> Any:
-        needed = ctx.needs_input_grad[1:]
-        save = True in needed
+    def forward(ctx: Any, rest: list[Any], x: Tensor, *weights: Tensor) -> Any:
+        if True not in ctx.needs_input_grad:
+            return _inference(x, list(weights), *rest)
         with torch._C._AutoDispatchBelowAutograd():
-            y, aux, hidden, mean, rstd = _forward(x, *_split(list(weights)), *rest, save)
-        if save:
-            order, offsets, *options = rest
-            ctx.options = options
-            ctx.save_for_backward(
-                x,
-                order,
-                offsets,
-                hidden,
-                mean,
-                rstd,
-                options[7],
-                options[8],
-                *weights,
-            )
-            ctx.set_materialize_grads(False)
-        return y, aux
+            outputs = _forward(x, list(weights), *rest)
+        return _save(ctx, (x, weights, *rest), outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_y, grad_aux = grads
-        return None, *_gradients(_unpack(ctx), grad_y, grad_aux, ctx.needs_input_grad[1:])
+        return None, *_gradients(_saved(ctx), grads[0], grads[1], ctx.needs_input_grad[1:])
 
 
-def _unpack(ctx: Any) -> _Saved:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Any:
+    """Keeps for the backward what it needs; returns y and aux."""
+    x, weights, order, offsets, *rest = inputs
+    y, aux, hidden, mean, rstd = output
+    options = _Options(*rest)
+    ctx.options = options._replace(l2_lambda=None, seed=None)
+    ctx.save_for_backward(
+        x, order, offsets, hidden, mean, rstd, options.l2_lambda, options.seed, *weights
+    )
+    ctx.set_materialize_grads(False)
+    return y, aux
+
+
+def _saved(ctx: Any) -> _Saved:
     x, order, offsets, hidden, mean, rstd, l2_lambda, seed, *weights = ctx.saved_tensors
-    options = _Options(*ctx.options)._replace(l2_lambda=l2_lambda, seed=seed)
+    options = ctx.options._replace(l2_lambda=l2_lambda, seed=seed)
     return _Saved(x, weights, order, offsets, hidden, mean, rstd, options)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, norm_weight, norm_bias, down, up, order, offsets, *options, _ = inputs
-    _, _, hidden, mean, rstd = output
-    ctx.options = options
-    ctx.save_for_backward(
-        x,
-        order,
-        offsets,
-        hidden,
-        mean,
-        rstd,
-        options[7],
-        options[8],
-        *norm_weight,
-        *norm_bias,
-        *down,
-        *up,
-    )
-    ctx.set_materialize_grads(False)
+    _save(ctx, inputs, output)
 
 
 def _registered_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    needs_x, *needs_lists = ctx.needs_input_grad[:5]
-    needed = [needs_x, *(flag for flags in needs_lists for flag in flags)]
-    grad_x, *rest = _gradients(_unpack(ctx), grads[0], grads[1], needed)
-    count = len(rest) // 4
-    lists = [rest[i * count : (i + 1) * count] for i in range(4)]
-    return (grad_x, *lists, *(None,) * (len(ctx.needs_input_grad) - 5))
+    needs_x, needs_weights, *others = ctx.needs_input_grad
+    grad_x, *rest = _gradients(_saved(ctx), grads[0], grads[1], [needs_x, *needs_weights])
+    return (grad_x, rest, *(None for _ in others))
 
 
 torch.library.register_autograd(

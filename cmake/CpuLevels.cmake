@@ -13,7 +13,7 @@ function(adapter_ext_add_cpu_levels target)
       -mprefer-vector-width=512)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
       # GCC's own AVX-512 headers trip this warning (GCC bug 105593).
-      list(APPEND flags_avx512 -Wno-maybe-uninitialized)
+      list(APPEND flags_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
     endif()
     target_compile_definitions(${target} PRIVATE ADAPTER_EXT_X86_LEVELS)
   endif()

@@ -1,5 +1,6 @@
-// The ops linear_adapter_forward and linear_adapter_backward for any backend: they check tensors,
-// allocate the results and fill in the kernels' structs. `Backend::run(problem)` computes.
+// The ops linear_adapter (inference), linear_adapter_forward and linear_adapter_backward (training)
+// for any backend: they check tensors, allocate the results and fill in the kernels' structs.
+// `Backend::run(problem)` computes.
 #pragma once
 
 #include <tuple>
@@ -15,13 +16,12 @@ class LinearAdapterArguments {
  public:
   static constexpr const char* kOp = "linear_adapter";
 
-  LinearAdapterArguments(const Tensor& x, const TensorList& norm_weight,
-                         const TensorList& norm_bias, const TensorList& down, const TensorList& up,
+  LinearAdapterArguments(const Tensor& x, const TensorList& weights,
                          const std::optional<Tensor>& order, const std::optional<Tensor>& offsets,
-                         int64_t activation, int64_t norm_position, double eps, double dropout,
-                         double stochastic_depth, int64_t depth_mode, bool residual,
-                         const std::optional<Tensor>& l2_lambda, const std::optional<Tensor>& seed,
-                         int64_t compute_type)
+                         int64_t activation, int64_t norm_position, double eps, bool residual,
+                         int64_t compute_type, double dropout, double stochastic_depth,
+                         int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
+                         const std::optional<Tensor>& seed)
       : x_(as_contiguous(x)) {
     p_.data_type = data_type({kOp, "x"}, x);
     accumulate_type_ =
@@ -31,6 +31,15 @@ class LinearAdapterArguments {
     }
     p_.hidden_size = x.size(x.dim() - 1);
     p_.rows = x.numel() / p_.hidden_size;
+    const auto check_code = [](const char* name, int64_t code, int64_t first, int64_t last) {
+      if (code < first || code > last) {
+        fail({kOp, name}, "expected a code in [", first, ", ", last, "], got ", code);
+      }
+    };
+    check_code("activation", activation, 0, static_cast<int64_t>(Activation::kGeluTanh));
+    check_code("norm_position", norm_position, 0, 1);
+    check_code("depth_mode", depth_mode, 0, 1);
+    check_code("compute_type", compute_type, -1, static_cast<int64_t>(DataType::kFloat16));
     p_.activation = static_cast<Activation>(activation);
     p_.norm_position = static_cast<NormPosition>(norm_position);
     p_.depth_mode = static_cast<DepthMode>(depth_mode);
@@ -39,7 +48,7 @@ class LinearAdapterArguments {
     p_.dropout = dropout;
     p_.stochastic_depth = stochastic_depth;
     p_.operand_type = compute_type < 0 ? p_.data_type : static_cast<DataType>(compute_type);
-    set_adapters(norm_weight, norm_bias, down, up);
+    set_adapters(weights);
     set_routing(order, offsets);
     if (seed) {
       check_device({kOp, "seed"}, *seed, x_);
@@ -67,17 +76,17 @@ class LinearAdapterArguments {
   int64_t bottleneck(int64_t a) const { return stacked() ? p_.hidden_stride : views_[a].bottleneck; }
 
  private:
-  void set_adapters(const TensorList& norm_weight, const TensorList& norm_bias,
-                    const TensorList& down, const TensorList& up) {
-    const size_t count = down.size();
-    const auto check_count = [&](const TensorList& list, const char* name) {
-      if (list.size() != count) {
-        fail({kOp, name}, "expected as many tensors as down has, ", count, ", got ", list.size());
-      }
-    };
-    check_count(norm_weight, "norm_weight");
-    check_count(norm_bias, "norm_bias");
-    check_count(up, "up");
+  // `weights` holds norm_weight, norm_bias, down and up, as many tensors of each, in this order.
+  void set_adapters(const TensorList& weights) {
+    const size_t count = weights.size() / 4;
+    if (weights.size() % 4 != 0) {
+      fail({kOp, "weights"}, "expected four lists of one length, got ", weights.size(),
+           " tensors in all");
+    }
+    const Tensor* norm_weight = weights.data();
+    const Tensor* norm_bias = norm_weight + count;
+    const Tensor* down = norm_bias + count;
+    const Tensor* up = down + count;
     // One tensor of three dimensions is a stack.
     const bool stack = count == 1 && down[0].dim() == 3;
     const int64_t dims = stack ? 3 : 2;
@@ -191,54 +200,78 @@ class LinearAdapterArguments {
   std::vector<AdapterView> views_;
 };
 
+struct LinearAdapterResults {
+  Tensor y, aux, hidden, mean, rstd;
+};
+
+// What the backward needs is saved only where `save` says so.
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_adapter_forward(
-    const Tensor& x, const TensorList& norm_weight, const TensorList& norm_bias,
-    const TensorList& down, const TensorList& up, const std::optional<Tensor>& order,
-    const std::optional<Tensor>& offsets, int64_t activation, int64_t norm_position, double eps,
-    double dropout, double stochastic_depth, int64_t depth_mode, bool residual,
-    const std::optional<Tensor>& l2_lambda, const std::optional<Tensor>& seed,
-    int64_t compute_type, bool save) {
-  const LinearAdapterArguments arguments(x, norm_weight, norm_bias, down, up, order, offsets,
-                                         activation, norm_position, eps, dropout, stochastic_depth,
-                                         depth_mode, residual, l2_lambda, seed, compute_type);
+LinearAdapterResults run_forward(const LinearAdapterArguments& arguments, bool save) {
   LinearAdapterForward problem{};
   static_cast<LinearAdapterProblem&>(problem) = arguments.problem();
-  const Tensor& from = arguments.x();
+  const Tensor& x = arguments.x();
   const ScalarType type = arguments.accumulate_type();
-  const int64_t saved_rows = save ? problem.rows : 0;
-  const auto sizes = from.sizes();
-  Tensor y = empty(from, std::vector<int64_t>(sizes.begin(), sizes.end()), from.scalar_type());
-  Tensor aux = empty(from, {problem.routing.adapters}, type);
-  Tensor hidden = empty(from, {saved_rows, problem.hidden_stride}, type);
-  Tensor mean = empty(from, {saved_rows}, type);
-  Tensor rstd = empty(from, {saved_rows}, type);
-  problem.x = from.data_ptr();
+  const auto sizes = x.sizes();
+  Tensor y = empty(x, std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type());
+  Tensor aux = empty(x, {problem.routing.adapters}, type);
+  LinearAdapterResults results{y, aux, y, y, y};
+  problem.x = x.data_ptr();
   problem.y = y.data_ptr();
   problem.aux = aux.data_ptr();
   if (save) {
-    problem.hidden = hidden.data_ptr();
-    problem.mean = mean.data_ptr();
-    problem.rstd = rstd.data_ptr();
+    results.hidden = empty(x, {problem.rows, problem.hidden_stride}, type);
+    results.mean = empty(x, {problem.rows}, type);
+    results.rstd = empty(x, {problem.rows}, type);
+    problem.hidden = results.hidden.data_ptr();
+    problem.mean = results.mean.data_ptr();
+    problem.rstd = results.rstd.data_ptr();
   }
   Backend::run(problem);
-  return {y, aux, hidden, mean, rstd};
+  return results;
 }
 
-// Returns the gradients that `needed` asks for, in its order: x, then norm_weight, norm_bias, down
-// and up, each with as many flags as tensors.
+template <class Backend>
+std::tuple<Tensor, Tensor> linear_adapter(
+    const Tensor& x, const TensorList& weights, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets, int64_t activation, int64_t norm_position, double eps,
+    bool residual, int64_t compute_type, double dropout, double stochastic_depth,
+    int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
+    const std::optional<Tensor>& seed) {
+  const auto results = run_forward<Backend>(
+      {x, weights, order, offsets, activation, norm_position, eps, residual, compute_type, dropout,
+       stochastic_depth, depth_mode, l2_lambda, seed},
+      false);
+  return {results.y, results.aux};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_adapter_forward(
+    const Tensor& x, const TensorList& weights, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets, int64_t activation, int64_t norm_position, double eps,
+    bool residual, int64_t compute_type, double dropout, double stochastic_depth,
+    int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
+    const std::optional<Tensor>& seed) {
+  const auto results = run_forward<Backend>(
+      {x, weights, order, offsets, activation, norm_position, eps, residual, compute_type, dropout,
+       stochastic_depth, depth_mode, l2_lambda, seed},
+      true);
+  return {results.y, results.aux, results.hidden, results.mean, results.rstd};
+}
+
+// Returns the gradients that `needed` asks for, in its order: a flag for x, then one for each
+// tensor of `weights`.
 template <class Backend>
 TensorList linear_adapter_backward(
     const Tensor& grad_y, const std::optional<Tensor>& grad_aux, const Tensor& x,
-    const TensorList& norm_weight, const TensorList& norm_bias, const TensorList& down,
-    const TensorList& up, const std::optional<Tensor>& order, const std::optional<Tensor>& offsets,
-    const Tensor& hidden, const Tensor& mean, const Tensor& rstd, int64_t activation,
-    int64_t norm_position, double eps, double dropout, double stochastic_depth, int64_t depth_mode,
-    bool residual, const std::optional<Tensor>& l2_lambda, const std::optional<Tensor>& seed,
-    int64_t compute_type, const std::vector<int64_t>& needed) {
-  const LinearAdapterArguments arguments(x, norm_weight, norm_bias, down, up, order, offsets,
-                                         activation, norm_position, eps, dropout, stochastic_depth,
-                                         depth_mode, residual, l2_lambda, seed, compute_type);
+    const TensorList& weights, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets, const Tensor& hidden, const Tensor& mean,
+    const Tensor& rstd, const std::vector<int64_t>& needed, int64_t activation,
+    int64_t norm_position, double eps, bool residual, int64_t compute_type, double dropout,
+    double stochastic_depth, int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
+    const std::optional<Tensor>& seed) {
+  const LinearAdapterArguments arguments(x, weights, order, offsets, activation, norm_position, eps,
+                                         residual, compute_type, dropout, stochastic_depth,
+                                         depth_mode, l2_lambda, seed);
   constexpr const char* op = "linear_adapter_backward";
   LinearAdapterBackward problem{};
   static_cast<LinearAdapterProblem&>(problem) = arguments.problem();
@@ -260,9 +293,9 @@ TensorList linear_adapter_backward(
     fail({op, "grad_y"}, "expected the shape of x, ", shape_text(from), ", got ",
          shape_text(grad_y));
   }
-  const size_t count = down.size();
-  if (needed.size() != 1 + 4 * count) {
-    fail({op, "needed"}, "expected ", 1 + 4 * count, " flags, got ", needed.size());
+  const size_t count = weights.size() / 4;
+  if (needed.size() != 1 + weights.size()) {
+    fail({op, "needed"}, "expected ", 1 + weights.size(), " flags, got ", needed.size());
   }
   const Tensor grad = as_contiguous(grad_y);
   std::optional<Tensor> aux;
@@ -273,19 +306,21 @@ TensorList linear_adapter_backward(
     aux = as_contiguous(*grad_aux);
   }
   TensorList results;
-  const auto result = [&](const Tensor& like, size_t flag) -> void* {
-    if (!needed[flag]) return nullptr;
+  const auto result = [&](const Tensor& like, int64_t flag) -> void* {
+    if (!flag) return nullptr;
     const auto sizes = like.sizes();
     results.push_back(
         empty(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type()));
     return results.back().data_ptr();
   };
-  problem.grad_x = result(from, 0);
+  problem.grad_x = result(from, needed[0]);
   std::vector<AdapterGradients> gradients(count);
-  for (size_t a = 0; a < count; ++a) gradients[a].norm_weight = result(norm_weight[a], 1 + a);
-  for (size_t a = 0; a < count; ++a) gradients[a].norm_bias = result(norm_bias[a], 1 + count + a);
-  for (size_t a = 0; a < count; ++a) gradients[a].down = result(down[a], 1 + 2 * count + a);
-  for (size_t a = 0; a < count; ++a) gradients[a].up = result(up[a], 1 + 3 * count + a);
+  constexpr void* AdapterGradients::* fields[] = {
+      &AdapterGradients::norm_weight, &AdapterGradients::norm_bias, &AdapterGradients::down,
+      &AdapterGradients::up};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    gradients[i % count].*fields[i / count] = result(weights[i], needed[1 + i]);
+  }
   if (arguments.stacked()) {
     // Each adapter's gradients within the stacks, which are contiguous.
     const AdapterGradients first = gradients[0];

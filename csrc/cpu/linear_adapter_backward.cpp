@@ -80,8 +80,8 @@ class RowPass {
 
   void run(int64_t task, int64_t tasks) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
-    const int64_t up_size = width_ * padded<C>(r);
-    const int64_t up_transposed_size = r * padded<C>(width_);
+    const int64_t up_size = WeightOperand<X>::size(width_, r);
+    const int64_t up_transposed_size = WeightOperand<X>::size(r, width_);
     const int64_t tile = block_rows_ * stride_;
     Scratch scratch(Scratch::bytes<C>(up_size) + Scratch::bytes<C>(up_transposed_size) +
                     2 * Scratch::bytes<C>(width_) + 2 * Scratch::bytes<C>(r) +
@@ -120,11 +120,11 @@ class RowPass {
     wants_hidden_ = Wanted(p_, segment.adapter, pre_).hidden_gradient;
     wants_out_ = !pre_ || OutputGradient<C>(p_, plan_, segment).penalized();
     if (wants_hidden_) {
-      up_ = pack<X>(p_, view_.up, view_.up_stride, width_, r, false, packed_up_);
+      up_.prepare(p_, view_.up, view_.up_stride, width_, r, false, segment.rows, packed_up_);
     }
     if (wants_out_) {
-      up_transposed_ =
-          pack<X>(p_, view_.up, view_.up_stride, r, width_, true, packed_up_transposed_);
+      up_transposed_.prepare(p_, view_.up, view_.up_stride, r, width_, true, segment.rows,
+                             packed_up_transposed_);
     }
     if (pre_ && wants_hidden_) {
       with_weights<X>(p_.weight_type, view_.down, [&](const auto* down) {
@@ -149,20 +149,16 @@ class RowPass {
     for (int64_t column = 0; column < width_; column += block_columns_) {
       const int64_t columns = std::min(block_columns_, width_ - column);
       if (wants_out_) {
-        RightOperand<C> right = up_transposed_;
-        right.data += column / kPanel<C> * right.panel_stride;
-        multiply<C>(count, columns, view_.bottleneck, {activated, results_.stride, 1}, right, out_,
-                    stride_, false);
+        up_transposed_.multiply(count, 0, view_.bottleneck, column, columns,
+                                {activated, results_.stride, 1}, out_, stride_, false);
       }
       for (int64_t i = 0; i < count; ++i) {
         gradient_row(segment, first + i, column, columns, gradient_ + i * stride_,
                      out_ + i * stride_);
       }
       if (wants_hidden_) {
-        RightOperand<C> right = up_;
-        right.data += column * right.k_stride;
-        multiply<C>(count, view_.bottleneck, columns, {gradient_, stride_, 1}, right,
-                    hidden_gradient_, hidden_stride_, column > 0);
+        up_.multiply(count, column, columns, 0, view_.bottleneck, {gradient_, stride_, 1},
+                     hidden_gradient_, hidden_stride_, column > 0);
       }
     }
     if (wants_hidden_) finish_hidden(segment, first, count);
@@ -264,7 +260,7 @@ class RowPass {
   const int64_t width_, block_rows_, block_columns_, stride_, hidden_stride_;
   AdapterView view_;
   bool wants_hidden_, wants_out_;
-  RightOperand<C> up_, up_transposed_;
+  WeightOperand<X> up_, up_transposed_;
   C *packed_up_, *packed_up_transposed_, *norm_weight_, *norm_bias_, *down_weight_, *down_bias_,
       *gradient_, *out_, *hidden_gradient_, *mask_;
 };
@@ -338,11 +334,13 @@ class ColumnPass {
     };
     unpack_vector<X>(p_.weight_type, shifted(view_.norm_weight, column), columns, norm_weight_);
     unpack_vector<X>(p_.weight_type, shifted(view_.norm_bias, column), columns, norm_bias_);
-    down_ = pack<X>(p_, shifted(view_.down, column), view_.down_stride, r, columns, false,
-                    packed_down_);
+    if (p_.grad_x) {
+      down_.prepare(p_, shifted(view_.down, column), view_.down_stride, r, columns, false,
+                    segment.rows, packed_down_);
+    }
     if (wants_out && wants_gradient) {
-      up_ = pack<X>(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
-                    true, packed_up_);
+      up_.prepare(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
+                  true, segment.rows, packed_up_);
     }
     std::fill(hidden_sum_, hidden_sum_ + r, C(0));
     std::fill(norm_weight_sum_, norm_weight_sum_ + kColumns, C(0));
@@ -355,8 +353,8 @@ class ColumnPass {
       if (wants_x) load_x(segment, first, count, column, columns);
       if (wants_gradient) {
         if (wants_out) {
-          multiply<C>(count, columns, r, {activated, results_.stride, 1}, up_, out_, kColumns,
-                      false);
+          up_.multiply(count, 0, r, 0, columns, {activated, results_.stride, 1}, out_, kColumns,
+                       false);
         }
         load_gradient(segment, first, count, column, columns, of_output);
       }
@@ -377,8 +375,8 @@ class ColumnPass {
         }
       }
       if (p_.grad_x) {
-        multiply<C>(count, columns, r, {hidden_gradient, results_.stride, 1}, down_, product_,
-                    kColumns, false);
+        down_.multiply(count, 0, r, 0, columns, {hidden_gradient, results_.stride, 1}, product_,
+                       kColumns, false);
         store_grad_x(segment, first, count, column, columns);
       }
     }
@@ -486,9 +484,8 @@ class ColumnPass {
       Vector<C> bias_sum = load<C>(norm_bias_sum_ + c, extent);
       for (int64_t j = 0; j < r; ++j) {
         if (pre_ && (norm_weight || norm_bias)) {
-          const int64_t panel = c / kPanel<C>;
-          const Vector<C> w = load<C>(down_.data + panel * down_.panel_stride +
-                                      j * down_.k_stride + c % kPanel<C>);
+          const W* own = static_cast<const W*>(view_.down) + j * view_.down_stride + column + c;
+          const Vector<C> w = load<C>(own, extent);
           weight_sum += w * load<C>(down_sum_ + j * kColumns + c);
           bias_sum += w * splat<C>(hidden_sum_[j]);
         }
@@ -510,7 +507,7 @@ class ColumnPass {
   const bool pre_;
   const int64_t width_, hidden_stride_;
   AdapterView view_;
-  RightOperand<C> down_, up_;
+  WeightOperand<X> down_, up_;
   C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *hidden_sum_, *x_, *out_, *gradient_,
       *product_, *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_, *mask_;
 };

@@ -66,8 +66,8 @@ class Forward {
 
   void run(int64_t task, int64_t tasks) {
     const int64_t r = p_.hidden_stride;
-    const int64_t down_size = width_ * padded<C>(r);
-    const int64_t up_size = r * padded<C>(width_);
+    const int64_t down_size = WeightOperand<X>::size(width_, r);
+    const int64_t up_size = WeightOperand<X>::size(r, width_);
     Scratch scratch(Scratch::bytes<C>(down_size) + Scratch::bytes<C>(up_size) +
                     2 * Scratch::bytes<C>(width_) + 3 * Scratch::bytes<C>(block_rows_) +
                     Scratch::bytes<C>(block_rows_ * left_stride_) +
@@ -104,8 +104,8 @@ class Forward {
     unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
     unpack_vector<X>(p_.weight_type, view_.norm_bias, width_, norm_bias_);
     const int64_t r = view_.bottleneck;
-    down_ = pack<X>(p_, view_.down, view_.down_stride, width_, r, true, packed_down_);
-    up_ = pack<X>(p_, view_.up, view_.up_stride, r, width_, true, packed_up_);
+    down_.prepare(p_, view_.down, view_.down_stride, width_, r, true, segment.rows, packed_down_);
+    up_.prepare(p_, view_.up, view_.up_stride, r, width_, true, segment.rows, packed_up_);
   }
 
   void block(const Segment& segment, int64_t first, int64_t count) {
@@ -145,10 +145,8 @@ class Forward {
         }
         round_operand(p_, left, columns);
       }
-      RightOperand<C> right = down_;
-      right.data += column * right.k_stride;
-      multiply<C>(count, view_.bottleneck, columns, {left_, left_stride_, 1}, right, hidden_,
-                  hidden_stride_, column > 0);
+      down_.multiply(count, column, columns, 0, view_.bottleneck, {left_, left_stride_, 1}, hidden_,
+                     hidden_stride_, column > 0);
     }
   }
 
@@ -175,10 +173,8 @@ class Forward {
   void project_up(int64_t count) {
     for (int64_t column = 0; column < width_; column += out_columns_) {
       const int64_t columns = std::min(out_columns_, width_ - column);
-      RightOperand<C> right = up_;
-      right.data += column / kPanel<C> * right.panel_stride;
-      multiply<C>(count, columns, view_.bottleneck, {hidden_, hidden_stride_, 1}, right, out_,
-                  out_stride_, false);
+      up_.multiply(count, 0, view_.bottleneck, column, columns, {hidden_, hidden_stride_, 1}, out_,
+                   out_stride_, false);
       for (int64_t i = 0; i < count; ++i) {
         if (!pre_) moments(out_ + i * out_stride_, width_, p_.eps, mean_ + i, rstd_ + i);
         for (int64_t start = 0; start < columns; start += kColumnBlock) {
@@ -227,7 +223,7 @@ class Forward {
   const bool pre_;
   const int64_t width_, block_rows_, left_stride_, hidden_stride_, out_columns_, out_stride_;
   AdapterView view_;
-  RightOperand<C> down_, up_;
+  WeightOperand<X> down_, up_;
   C *packed_down_, *packed_up_, *norm_weight_, *norm_bias_, *mean_, *rstd_, *penalty_, *left_,
       *hidden_, *out_, *mask_;
   int64_t* row_;

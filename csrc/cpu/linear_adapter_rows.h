@@ -89,21 +89,62 @@ static void unpack_vector(DataType type, const void* from, int64_t count, Accumu
   });
 }
 
+// A weight matrix as the right operand of products: packed, or, for a single row, as it is stored.
 template <class X>
-static RightOperand<Accumulate<X>> pack(const LinearAdapterProblem& problem, const void* weights,
-                                        int64_t stride, int64_t k_count, int64_t columns,
-                                        bool transposed, Accumulate<X>* to) {
+class WeightOperand {
   using C = Accumulate<X>;
-  with_weights<X>(problem.weight_type, weights, [&](const auto* from) {
-    if (transposed) {
-      pack_transposed<C>(from, stride, k_count, columns, to);
-    } else {
-      pack_same_order<C>(from, stride, k_count, columns, to);
+
+ public:
+  // Elements of the memory that a packed matrix takes.
+  static int64_t size(int64_t k_count, int64_t columns) { return k_count * padded<C>(columns); }
+
+  // `weights` is [k, columns], or [columns, k] where transposed, its rows `stride` apart. `memory`
+  // has room for size(); `rows` are those that will be multiplied with it in all.
+  void prepare(const LinearAdapterProblem& problem, const void* weights, int64_t stride,
+               int64_t k_count, int64_t columns, bool transposed, int64_t rows, C* memory) {
+    weights_ = weights;
+    type_ = problem.weight_type;
+    stride_ = stride;
+    k_count_ = k_count;
+    transposed_ = transposed;
+    packed_ = nullptr;
+    if (rows == 1 && problem.operand_type == problem.data_type) return;
+    packed_ = memory;
+    with_weights<X>(type_, weights, [&](const auto* from) {
+      transposed ? pack_transposed<C>(from, stride, k_count, columns, memory)
+                 : pack_same_order<C>(from, stride, k_count, columns, memory);
+    });
+    round_operand(problem, memory, size(k_count, columns));
+  }
+
+  // out [rows, columns] (+)= left [rows, k_count] times the part of the matrix that starts at row
+  // first_k and column first_column (a multiple of the panel width).
+  void multiply(int64_t rows, int64_t first_k, int64_t k_count, int64_t first_column,
+                int64_t columns, LeftOperand<C> left, C* out, int64_t out_row,
+                bool accumulate) const {
+    if (packed_) {
+      const int64_t panel_stride = k_count_ * kPanel<C>;
+      const C* part = packed_ + first_column / kPanel<C> * panel_stride + first_k * kPanel<C>;
+      return cpu::multiply<C>(rows, columns, k_count, left, {part, panel_stride, kPanel<C>}, out,
+                              out_row, accumulate);
     }
-  });
-  round_operand(problem, to, k_count * padded<C>(columns));
-  return {to, k_count * kPanel<C>, kPanel<C>};
-}
+    with_weights<X>(type_, weights_, [&](const auto* from) {
+      const auto* part = transposed_ ? from + first_column * stride_ + first_k
+                                     : from + first_k * stride_ + first_column;
+      transposed_ ? multiply_row_transposed<C>(columns, k_count, left.data, part, stride_, out,
+                                               accumulate)
+                  : multiply_row_same_order<C>(columns, k_count, left.data, part, stride_, out,
+                                               accumulate);
+    });
+  }
+
+ private:
+  const void* weights_;
+  DataType type_;
+  int64_t stride_, k_count_;
+  bool transposed_;
+  const C* packed_;
+};
 
 // Dropout of the output: 0 or 1 / keep probability for each element.
 struct Dropout {

@@ -136,26 +136,49 @@ static void pack_same_order(const W* from, int64_t stride, int64_t k_count, int6
   }
 }
 
-// Interleaves the halves of a and b: (a0 b0 a1 b1 ...) of the low or of the high halves.
-template <class C, bool high, int... lane>
+// Interleaves blocks of `block` lanes of the low or the high halves of a and b, within each group of
+// `span` lanes: (a0 b0 a1 b1 ...).
+template <class C, bool high, int block, int span, int... lane>
 ADAPTER_EXT_HOST_DEVICE Vector<C> interleave(Vector<C> a, Vector<C> b,
                                              std::integer_sequence<int, lane...>) {
-  constexpr int start = high ? kLanes<C> / 2 : 0;
-  return __builtin_shufflevector(a, b, ((lane % 2) * kLanes<C> + start + lane / 2)...);
+  constexpr auto source = [](int l) {
+    const int group = l / span * span, index = (l - group) / block;
+    return (index % 2) * kLanes<C> + group + (high ? span / 2 : 0) + index / 2 * block + l % block;
+  };
+  return __builtin_shufflevector(a, b, source(lane)...);
 }
 
-// Transposes a square of kLanes x kLanes in registers.
+// Transposes kLanes x kLanes in registers: squares within 128 bits by interleaving lanes, which is
+// one instruction each, then the 128-bit blocks across.
 template <class C>
 ADAPTER_EXT_HOST_DEVICE void transpose(Vector<C> (&v)[kLanes<C>]) {
-  constexpr int lanes = kLanes<C>;
+  constexpr int lanes = kLanes<C>, quad = 16 / static_cast<int>(sizeof(C)), groups = lanes / quad;
   using Lanes = std::make_integer_sequence<int, lanes>;
-#pragma GCC unroll 8
-  for (int stage = 1; stage < lanes; stage *= 2) {
-    Vector<C> next[lanes];
+  Vector<C> next[lanes];
+#pragma GCC unroll 4
+  for (int stage = 1; stage < quad; stage *= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes / 2; ++i) {
-      next[2 * i] = interleave<C, false>(v[i], v[i + lanes / 2], Lanes{});
-      next[2 * i + 1] = interleave<C, true>(v[i], v[i + lanes / 2], Lanes{});
+    for (int group = 0; group < lanes; group += quad) {
+#pragma GCC unroll 4
+      for (int i = 0; i < quad / 2; ++i) {
+        const Vector<C> a = v[group + i], b = v[group + i + quad / 2];
+        next[group + 2 * i] = interleave<C, false, 1, quad>(a, b, Lanes{});
+        next[group + 2 * i + 1] = interleave<C, true, 1, quad>(a, b, Lanes{});
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) v[i] = next[i];
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < groups; stage *= 2) {
+#pragma GCC unroll 4
+    for (int column = 0; column < quad; ++column) {
+#pragma GCC unroll 4
+      for (int i = 0; i < groups / 2; ++i) {
+        const Vector<C> a = v[i * quad + column], b = v[(i + groups / 2) * quad + column];
+        next[2 * i * quad + column] = interleave<C, false, quad, lanes>(a, b, Lanes{});
+        next[(2 * i + 1) * quad + column] = interleave<C, true, quad, lanes>(a, b, Lanes{});
+      }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) v[i] = next[i];
@@ -189,6 +212,103 @@ static void pack_transposed(const W* from, int64_t stride, int64_t k_count, int6
       });
     }
   }
+}
+
+// ---- Products of one row straight from the stored weights: packing them would cost more than the
+// product. The order of additions is that of multiply().
+
+inline constexpr int kChains = 4;  // vectors of the result at a time: independent, to hide latency
+
+// out [columns] (+)= left [k] Wᵀ, W [columns, k].
+template <class C, class W>
+static void multiply_row_transposed(int64_t columns, int64_t k_count, const C* left,
+                                    const W* weights, int64_t stride, C* out, bool accumulate) {
+  constexpr int lanes = kLanes<C>;
+  // A whole cache line of each row at a time: rows a power of two apart share a cache set.
+  constexpr int64_t line = 64 / sizeof(W);
+  const auto some_columns = [&]<int vectors>(int64_t column, auto column_extent) {
+    for (int64_t block = 0; block < k_count; block += kBlockK) {
+      const int64_t end = std::min(block + kBlockK, k_count);
+      Vector<C> sum[vectors] = {};
+      const auto add_square = [&](int64_t k, int v, auto extent) {
+        const W* source = weights + (column + v * lanes) * stride + k;
+        Vector<C> square[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          if constexpr (std::is_same_v<decltype(column_extent), PartialVector>) {
+            square[i] =
+                i < column_extent.count ? load<C>(source + i * stride, extent) : Vector<C>{};
+          } else {
+            square[i] = load<C>(source + i * stride, extent);
+          }
+        }
+        transpose<C>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          if constexpr (std::is_same_v<decltype(extent), PartialVector>) {
+            if (i >= extent.count) break;
+          }
+          sum[v] += splat<C>(left[k + i]) * square[i];
+        }
+      };
+      int64_t k = block;
+      for (; k + line <= end; k += line) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          for (int64_t part = 0; part < line; part += lanes) add_square(k + part, v, FullVector{});
+        }
+      }
+      for_each_vector<C>(end - k, [&](int64_t offset, auto extent) {
+        for (int v = 0; v < vectors; ++v) add_square(k + offset, v, extent);
+      });
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        C* to = out + column + v * lanes;
+        store<C>(to, accumulate || block > 0 ? load<C>(to) + sum[v] : sum[v]);
+      }
+    }
+  };
+  int64_t column = 0;
+  for (; column + kChains * lanes <= columns; column += kChains * lanes) {
+    some_columns.template operator()<kChains>(column, FullVector{});
+  }
+  for (; column + lanes <= columns; column += lanes) {
+    some_columns.template operator()<1>(column, FullVector{});
+  }
+  if (column < columns) {
+    some_columns.template operator()<1>(column, PartialVector{columns - column});
+  }
+}
+
+// out [columns] (+)= left [k] W, W [k, columns].
+template <class C, class W>
+static void multiply_row_same_order(int64_t columns, int64_t k_count, const C* left,
+                                    const W* weights, int64_t stride, C* out, bool accumulate) {
+  const auto some_columns = [&]<int vectors>(int64_t column, auto extent) {
+    for (int64_t block = 0; block < k_count; block += kBlockK) {
+      const int64_t end = std::min(block + kBlockK, k_count);
+      Vector<C> sum[vectors] = {};
+      for (int64_t k = block; k < end; ++k) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          sum[v] += splat<C>(left[k]) *
+                    load<C>(weights + k * stride + column + v * kLanes<C>, extent);
+        }
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        C* to = out + column + v * kLanes<C>;
+        store<C>(to, accumulate || block > 0 ? load<C>(to) + sum[v] : sum[v]);
+      }
+    }
+  };
+  int64_t column = 0;
+  for (; column + kChains * kLanes<C> <= columns; column += kChains * kLanes<C>) {
+    some_columns.template operator()<kChains>(column, FullVector{});
+  }
+  for_each_vector<C>(columns - column, [&](int64_t offset, auto extent) {
+    some_columns.template operator()<1>(column + offset, extent);
+  });
 }
 
 }  // namespace ADAPTER_EXT_CPU_LEVEL

@@ -160,7 +160,9 @@ ADAPTER_EXT_HOST_DEVICE Vector<C> load(const X* from, FullVector) {
 template <class C, class X>
 ADAPTER_EXT_HOST_DEVICE Vector<C> load(const X* from, PartialVector part) {
   X padded[kLanes<C>] = {};
-  for (int64_t i = 0; i < part.count; ++i) padded[i] = from[i];
+  for (int i = 0; i < kLanes<C>; ++i) {
+    if (i < part.count) padded[i] = from[i];
+  }
   return load<C>(padded);
 }
 template <class C, class X>
@@ -171,7 +173,9 @@ template <class C, class X>
 ADAPTER_EXT_HOST_DEVICE void store(X* to, Vector<C> v, PartialVector part) {
   X padded[kLanes<C>];
   store<C>(padded, v);
-  for (int64_t i = 0; i < part.count; ++i) to[i] = padded[i];
+  for (int i = 0; i < kLanes<C>; ++i) {
+    if (i < part.count) to[i] = padded[i];
+  }
 }
 
 // Calls body(first, FullVector or PartialVector) for each vector of `count` elements.
