@@ -1,4 +1,53 @@
+"""NeMo's adapter API on native PyTorch ops: one batch, every row its own adapter."""
+
+from adapter_ext.access import AccessMixin, set_access_cfg
+from adapter_ext.adapters import (
+    AdapterConfig,
+    AdapterModuleUtil,
+    LinearAdapter,
+    LinearAdapterConfig,
+)
+from adapter_ext.mixin import AdapterModuleMixin
 from adapter_ext.ops import linear_adapter, route
+from adapter_ext.registry import (
+    AdapterRegistryInfo,
+    get_registered_adapter,
+    instantiate,
+    register_adapter,
+    register_target,
+)
+from adapter_ext.routing import adapter_index, route_adapters
+from adapter_ext.strategies import (
+    AbstractAdapterStrategy,
+    ResidualAddAdapterStrategy,
+    ResidualAddAdapterStrategyConfig,
+    ReturnResultAdapterStrategy,
+    ReturnResultAdapterStrategyConfig,
+)
 from adapter_ext.types import AdapterWeights, Routing
 
-__all__ = ["AdapterWeights", "Routing", "linear_adapter", "route"]
+__all__ = [
+    "AbstractAdapterStrategy",
+    "AccessMixin",
+    "AdapterConfig",
+    "AdapterModuleMixin",
+    "AdapterModuleUtil",
+    "AdapterRegistryInfo",
+    "AdapterWeights",
+    "LinearAdapter",
+    "LinearAdapterConfig",
+    "ResidualAddAdapterStrategy",
+    "ResidualAddAdapterStrategyConfig",
+    "ReturnResultAdapterStrategy",
+    "ReturnResultAdapterStrategyConfig",
+    "Routing",
+    "adapter_index",
+    "get_registered_adapter",
+    "instantiate",
+    "linear_adapter",
+    "register_adapter",
+    "register_target",
+    "route",
+    "route_adapters",
+    "set_access_cfg",
+]

@@ -1,0 +1,401 @@
+"""The mixin that lets any ``nn.Module`` have adapters."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from adapter_ext.registry import class_path, instantiate, resolve_target, to_plain_config
+from adapter_ext.strategies import AbstractAdapterStrategy
+
+if TYPE_CHECKING:
+    from adapter_ext.routing import Routes
+
+# nn.ModuleDict refuses a key that is one of its own attributes.
+_RESERVED_KEYS = frozenset(dir(nn.ModuleDict()))
+
+
+class AdapterModuleMixin(ABC):
+    """Gives an ``nn.Module`` adapters: added by configuration, enabled, disabled, run in a chain.
+
+    ::
+
+        class Block(nn.Module, AdapterModuleMixin):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(512, 512)
+
+            def forward(self, x):
+                return self.forward_enabled_adapters(self.linear(x))
+
+
+        block.add_adapter("fr", LinearAdapterConfig(in_features=512, dim=64))
+
+    Whether an adapter is enabled is read from ``adapter_cfg`` when one is added, enabled or
+    disabled, and when ``adapter_cfg`` is assigned; running the module reads no configuration. So
+    after editing ``adapter_cfg`` in place, assign it again.
+
+    Attributes:
+        adapter_layer: ``nn.ModuleDict`` of the adapters by name; absent until the first is added.
+        adapter_cfg: DictConfig of the adapters' configurations by name, each with ``enabled``;
+            absent until the first is added.
+        adapter_name: the name of the adapter that was added last.
+    """
+
+    adapter_global_cfg_key = "global_cfg"
+    adapter_metadata_cfg_key = "adapter_meta_cfg"
+
+    adapter_layer: nn.ModuleDict
+    adapter_name: str
+    training: bool
+
+    _modules: dict[str, nn.Module | None]
+    _accepted_adapter_types: set[type]
+    _adapter_cfg: DictConfig | None
+    _enabled_adapters: tuple[str, ...] = ()
+    # The routes in force, the innermost last, each with the thread that set it. Plain attributes:
+    # torch.compile refuses ContextVar, and reads a thread-local once and for all.
+    _adapter_routes: tuple[tuple[int, Routes], ...] = ()
+
+    # --- Adding -----------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, cfg: Any, **kwargs: Any) -> None:
+        """Adds an adapter; it gets this module's device, floating-point type and training mode.
+
+        Args:
+            name: its name here; of ``"module:name"`` the part behind the first colon.
+            cfg: dict, DictConfig or dataclass with ``_target_``, the adapter's arguments, and
+                ``enabled`` (True unless given). It is copied.
+            **kwargs: further arguments of the adapter, which are not kept in ``adapter_cfg``.
+
+        Raises:
+            TypeError: if cfg is of another type, or the adapter refuses its arguments.
+            ValueError: if the name is taken, reserved or malformed, the adapter's type is unknown
+                or not accepted here, or ``enabled`` is no bool. Nothing has changed then.
+        """
+        plain = to_plain_config(cfg)
+        if self.get_accepted_adapter_types():
+            self.check_supported_adapter_type_(OmegaConf.create(plain))
+        _, name = self.resolve_adapter_module_name_(name)
+        self._check_new_name(name)
+        enabled = plain.pop("enabled", True)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"enabled of adapter {name!r} must be a bool, got {enabled!r}")
+        adapter = instantiate(plain, **kwargs)
+        if not isinstance(adapter, nn.Module):
+            raise ValueError(
+                f"adapter {name!r} must be a torch.nn.Module, got {type(adapter).__name__}"
+            )
+        self._match_host(adapter)
+
+        config = getattr(self, "adapter_cfg", None)
+        if config is None:
+            config = OmegaConf.create({})
+        with open_dict(config):
+            config[name] = {**plain, "enabled": enabled}
+        if "adapter_layer" not in self._modules:
+            self.adapter_layer = nn.ModuleDict()
+        self.adapter_layer[name] = adapter
+        self.adapter_name = name
+        self.adapter_cfg = config
+
+    def _check_new_name(self, name: str) -> None:
+        if name == self.adapter_global_cfg_key:
+            raise ValueError(f"{name!r} is reserved for settings of all adapters")
+        if not name or "." in name or "+" in name:
+            raise ValueError(
+                f"an adapter's name must be non-empty, without '.' or '+'; got {name!r}"
+            )
+        if name in self._adapters():
+            raise ValueError(
+                f"an adapter named {name!r} exists already; names here: {list(self._adapters())}"
+            )
+        if name in _RESERVED_KEYS:
+            raise ValueError(f"{name!r} can't name an adapter: torch.nn.ModuleDict has that name")
+
+    def _match_host(self, adapter: nn.Module) -> None:
+        tensors = (*self._host().parameters(), *self._host().buffers())
+        like = next((t for t in tensors if t.is_floating_point()), None)
+        if like is not None:
+            adapter.to(device=like.device, dtype=like.dtype)
+        adapter.train(self.training)
+
+    def set_accepted_adapter_types(self, adapter_types: list[type | str]) -> None:
+        """Restricts what may be added here to some classes and their subclasses.
+
+        Args:
+            adapter_types: classes derived from ``nn.Module``, or dotted paths of such.
+
+        Raises:
+            ValueError: if one is none of these.
+        """
+        types = set()
+        for given in adapter_types:
+            found = resolve_target(given, allow_import=True) if isinstance(given, str) else given
+            if not isinstance(found, type) or not issubclass(found, nn.Module):
+                raise ValueError(f"an adapter type must derive from torch.nn.Module, got {given!r}")
+            types.add(found)
+        self._accepted_adapter_types = types
+
+    def get_accepted_adapter_types(self) -> set[type]:
+        """The classes that may be added here; empty means all."""
+        return getattr(self, "_accepted_adapter_types", set())
+
+    def check_supported_adapter_type_(
+        self, adapter_cfg: DictConfig, supported_adapter_types: Iterable[type] | None = None
+    ) -> None:
+        """Checks that the type of an adapter is accepted.
+
+        Args:
+            adapter_cfg: the adapter's configuration.
+            supported_adapter_types: the accepted types; None means this module's.
+
+        Raises:
+            ValueError: if it is not accepted, or ``_target_`` is missing or not acceptable.
+        """
+        if supported_adapter_types is None:
+            supported_adapter_types = self.get_accepted_adapter_types()
+        accepted = tuple(supported_adapter_types)
+        found = resolve_target(adapter_cfg.get("_target_", ""), allow_import=True)
+        if accepted and not issubclass(found, accepted):
+            names = ", ".join(sorted(map(class_path, accepted)))
+            raise ValueError(
+                f"{type(self).__name__} accepts adapters of type {names}; got {class_path(found)}"
+            )
+
+    # --- Names and lookup -------------------------------------------------------------------------
+
+    def resolve_adapter_module_name_(self, name: str) -> tuple[str, str]:
+        """Splits a name into the name of a module and that of an adapter.
+
+        Args:
+            name: ``"module:adapter"``, split at the first colon, or ``"adapter"`` alone, whose
+                module is looked up in ``adapter_cfg``'s metadata.
+
+        Returns:
+            ``(module, adapter)``; module is ``""`` if none is known.
+
+        Raises:
+            TypeError: if name is no str.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"an adapter's name must be a str, got {type(name).__name__}")
+        if ":" in name:
+            module_name, _, adapter_name = name.partition(":")
+            return module_name, adapter_name
+        config = getattr(self, "adapter_cfg", None) or {}
+        settings = config.get(self.adapter_global_cfg_key) or {}
+        metadata = settings.get(self.adapter_metadata_cfg_key) or {}
+        return (metadata.get("modules") or {}).get(name) or "", name
+
+    def is_adapter_available(self) -> bool:
+        """Whether there is any adapter, enabled or not."""
+        return bool(self._adapters())
+
+    def get_adapter_module(self, name: str) -> nn.Module | None:
+        """The adapter of a name, plain or ``"module:name"``; None if there is none."""
+        return self._adapters().get(self.resolve_adapter_module_name_(name)[1])
+
+    def get_adapter_cfg(self, name: str) -> DictConfig | None:
+        """The configuration of the adapter of a name; None if there is none."""
+        config = getattr(self, "adapter_cfg", None)
+        return None if config is None else config.get(self.resolve_adapter_module_name_(name)[1])
+
+    @property
+    def adapter_index(self) -> dict[str, int]:
+        """Index by name of the adapters here and in submodules, for :meth:`route_adapters`."""
+        from adapter_ext.routing import adapter_index
+
+        return adapter_index(self._host())
+
+    # --- Enabling ---------------------------------------------------------------------------------
+
+    @property
+    def adapter_cfg(self) -> DictConfig | None:
+        """See the class; assigning it reads again which adapters are enabled."""
+        if "_adapter_cfg" not in self.__dict__:
+            raise AttributeError("no adapter was added")
+        return self._adapter_cfg
+
+    @adapter_cfg.setter
+    def adapter_cfg(self, cfg: DictConfig | None) -> None:
+        self._adapter_cfg = cfg
+        self._resolve_enabled()
+
+    def _resolve_enabled(self) -> None:
+        config = getattr(self, "adapter_cfg", None)
+        self._enabled_adapters = tuple(
+            str(name)
+            for name in ([] if config is None else config)
+            if name in self._adapters() and config[name].get("enabled", True)  # type: ignore[index]
+        )
+
+    def set_enabled_adapters(self, name: str | None = None, enabled: bool = True) -> None:
+        """Enables or disables an adapter.
+
+        Args:
+            name: its name, plain or ``"module:name"``; None means all adapters.
+            enabled: whether it is to run.
+
+        Raises:
+            ValueError: if there are no adapters, or none of that name.
+        """
+        config = getattr(self, "adapter_cfg", None)
+        if config is None or not self.is_adapter_available():
+            raise ValueError("there are no adapters: add one with add_adapter first")
+        known = [str(key) for key in config if key != self.adapter_global_cfg_key]
+        if name is None:
+            names = [key for key in known if key in self._adapters()]
+        else:
+            _, name = self.resolve_adapter_module_name_(name)
+            # The configuration may be shared with other modules and name their adapters as well.
+            if name not in known:
+                raise ValueError(f"there is no adapter named {name!r}; there are {known}")
+            names = [name]
+        with open_dict(config):
+            for key in names:
+                config[key]["enabled"] = bool(enabled)
+        self._resolve_enabled()
+
+    def get_enabled_adapters(self) -> list[str]:
+        """The names of the enabled adapters, in the order in which they run."""
+        adapters = self._adapters()
+        return [name for name in self._enabled_adapters if name in adapters]
+
+    def unfreeze_enabled_adapters(self, freeze_batchnorm: bool = True) -> None:
+        """Prepares the enabled adapters, here and in submodules, for training.
+
+        They are put into training mode and their parameters made to require grad (by their
+        ``adapter_unfreeze``, where they have it). Freeze everything else beforehand.
+
+        Args:
+            freeze_batchnorm: freeze the batch norms that belong to no adapter: their parameters
+                require no grad, and they stay in evaluation mode, later calls of ``train()``
+                notwithstanding, so that they neither change nor compute something else than
+                without adapters. Set a norm's ``track_running_stats`` to True to undo it.
+        """
+        hosts = [m for m in self._host().modules() if isinstance(m, AdapterModuleMixin)]
+        if freeze_batchnorm:
+            of_adapters = {
+                m for host in hosts for a in host._adapters().values() for m in a.modules()
+            }
+            for module in self._host().modules():
+                if isinstance(module, _BatchNorm) and module not in of_adapters:
+                    _freeze_batchnorm(module)
+        for host in hosts:
+            for name in host.get_enabled_adapters():
+                adapter = host._adapters()[name]
+                adapter.train()
+                getattr(adapter, "adapter_unfreeze", adapter.requires_grad_)()
+                for module in adapter.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.track_running_stats = True
+
+    # --- Running ----------------------------------------------------------------------------------
+
+    def forward_enabled_adapters(self, input: Any) -> Any:
+        """Runs the enabled adapters one after the other, or under routing each sample's own.
+
+        Args:
+            input: what the first adapter gets: a tensor ``[..., D]``, or what its strategy takes.
+
+        Returns:
+            The last adapter's result; input itself if none is enabled.
+
+        Raises:
+            AttributeError: if an adapter has no ``adapter_strategy``.
+            ValueError: under routing, if input does not fit the routes.
+        """
+        if self._adapter_routes:
+            routes = _routes_of_this_thread(self._adapter_routes)
+            if routes is not None:
+                return routes.forward(self, input)
+        for name in self._enabled_adapters:
+            adapter = self._modules["adapter_layer"]._modules.get(name)  # type: ignore[union-attr]
+            if adapter is None:
+                continue  # it was deleted from adapter_layer
+            input = self.forward_single_enabled_adapter_(
+                input, adapter, adapter_name=name, adapter_strategy=strategy_of(adapter, name)
+            )
+        return input
+
+    def forward_single_enabled_adapter_(
+        self,
+        input: Any,
+        adapter_module: nn.Module,
+        *,
+        adapter_name: str,
+        adapter_strategy: AbstractAdapterStrategy,
+    ) -> Any:
+        """Runs one adapter; override for what a strategy can't do.
+
+        Args:
+            input: the previous adapter's result.
+            adapter_module: the adapter.
+            adapter_name: its name.
+            adapter_strategy: its strategy.
+        """
+        return adapter_strategy(input, adapter_module, module=self)
+
+    def route_adapters(self, names: Sequence[str | None] | Tensor) -> AbstractContextManager[None]:
+        """Gives every sample its own adapter; see :func:`adapter_ext.route_adapters`."""
+        from adapter_ext.routing import route_adapters
+
+        return route_adapters(self._host(), names)
+
+    # --- Helpers ----------------------------------------------------------------------------------
+
+    def _host(self) -> nn.Module:
+        return cast(nn.Module, self)
+
+    def _adapters(self) -> dict[str, nn.Module]:
+        layer = self._modules.get("adapter_layer")
+        return {} if layer is None else cast("dict[str, nn.Module]", layer._modules)
+
+
+def strategy_of(adapter: nn.Module, name: str) -> AbstractAdapterStrategy:
+    """The strategy of an adapter.
+
+    Raises:
+        AttributeError: if it has none.
+    """
+    strategy = getattr(adapter, "adapter_strategy", None)
+    if strategy is None:
+        raise AttributeError(
+            f"adapter {name!r} ({type(adapter).__name__}) has no adapter_strategy; derive its "
+            f"class from AdapterModuleUtil and call setup_adapter_strategy in its __init__"
+        )
+    return cast(AbstractAdapterStrategy, strategy)
+
+
+def _routes_of_this_thread(stack: tuple[tuple[int, Routes], ...]) -> Routes | None:
+    if torch.compiler.is_compiling():
+        # The compiled code will run in any thread, and can't tell which it is.
+        if any(thread != stack[-1][0] for thread, _ in stack):
+            raise RuntimeError("a compiled module can be routed by one thread at a time only")
+        return stack[-1][1]
+    this = threading.get_ident()
+    return next((routes for thread, routes in reversed(stack) if thread == this), None)
+
+
+def _freeze_batchnorm(norm: _BatchNorm) -> None:
+    for parameter in norm.parameters(recurse=False):
+        parameter.requires_grad_(False)
+    norm.track_running_stats = False
+    norm.eval()
+    if _stay_frozen not in norm._forward_pre_hooks.values():
+        norm.register_forward_pre_hook(_stay_frozen)
+
+
+def _stay_frozen(norm: nn.Module, args: Any) -> None:
+    # train() of the whole model switches the norm to statistics of the batch.
+    if norm.training and not norm.track_running_stats:
+        norm.eval()

@@ -1,0 +1,339 @@
+"""Routing: every sample of a batch uses its own adapter, all in one call of the op."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapter_ext import ops
+from adapter_ext.fused import FusedCall, autocast_dtype
+from adapter_ext.mixin import AdapterModuleMixin, strategy_of
+from adapter_ext.strategies import (
+    AbstractAdapterStrategy,
+    ResidualAddAdapterStrategy,
+    is_stock,
+    register_adapter_loss,
+)
+from adapter_ext.types import AdapterWeights, Routing
+
+# Entering and leaving a context changes several modules' routes, which threads may share.
+_lock = threading.Lock()
+
+
+def adapter_index(module: nn.Module) -> dict[str, int]:
+    """Numbers the adapters of a module and its submodules, for :func:`route_adapters`.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Index by name, in the order of the indices. An adapter that several submodules have by the
+        same name has one index.
+    """
+    names = dict.fromkeys(name for _, host in _hosts(module) for name in host._adapters())
+    return {name: index for index, name in enumerate(names)}
+
+
+@contextmanager
+def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> Iterator[None]:
+    """Within this context, every sample uses the adapter that is named for it, and that alone.
+
+    ::
+
+        with route_adapters(model, ["fr", "de", None, "fr"]):
+            y = model(x)  # x: [4, ...]
+
+    The routes hold for all adapter-capable submodules of ``module``, in the thread that entered the
+    context (a compiled module can't tell threads apart; route it from one at a time). Where a
+    submodule has no adapter of a sample's name, the sample passes unchanged. An inner context
+    overrides an outer one. A sample's adapters need not be alike: those that differ in activation,
+    norm position, dropout or strategy settings take one call of the op each kind. Adapters that the
+    op can't compute (see :meth:`adapter_ext.LinearAdapter.fused_call`) are called on their own
+    samples one after the other, which is slow and waits for the device.
+
+    Recomputation by ``torch.utils.checkpoint`` needs the routes again: pass it
+    ``context_fn=lambda: (nullcontext(), route_adapters(model, names))``.
+
+    Args:
+        module: any module that has adapters, or submodules with adapters.
+        names: an adapter's name or None (no adapter) for each sample; or indices by
+            :func:`adapter_index`, -1 for none, as an int64 tensor ``[B]`` (samples) or ``[B, T]``
+            (rows of inputs ``[B, T, D]``). With indices, torch.compile does not recompile when they
+            change. Entering the context waits for the device once, to check them.
+
+    Raises:
+        TypeError: if names is of another type.
+        ValueError: on entering, if a name or index is unknown, or that of a disabled adapter; in
+            forward, if the input does not have as many samples.
+    """
+    hosts = _hosts(module)
+    index = adapter_index(module)
+    routes = (
+        _from_indices(names, index, hosts)
+        if isinstance(names, Tensor)
+        else _from_names(names, index, hosts)
+    )
+    entry = (threading.get_ident(), routes)
+    with _lock:
+        for _, host in hosts:
+            host._adapter_routes = (*host._adapter_routes, entry)
+    try:
+        yield
+    finally:
+        with _lock:
+            for _, host in hosts:
+                host._adapter_routes = tuple(e for e in host._adapter_routes if e is not entry)
+
+
+def _hosts(module: nn.Module) -> list[tuple[str, AdapterModuleMixin]]:
+    return [(path, m) for path, m in module.named_modules() if isinstance(m, AdapterModuleMixin)]
+
+
+def _from_names(
+    names: Sequence[str | None], index: dict[str, int], hosts: list[tuple[str, AdapterModuleMixin]]
+) -> Routes:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(
+            f"names must be a sequence of names, one a sample, or an int64 tensor of indices; "
+            f"got {names if isinstance(names, str) else type(names).__name__!r}"
+        )
+    unknown = [name for name in names if name is not None and name not in index]
+    if unknown:
+        raise ValueError(f"there is no adapter named {unknown[0]!r}; there are {list(index)}")
+    used = {name: i for i, name in enumerate(dict.fromkeys(n for n in names if n is not None))}
+    disabled = _disabled(hosts)
+    for name in used:
+        if name in disabled:
+            raise _disabled_error(name, disabled[name])
+    ids = torch.tensor([-1 if n is None else used[n] for n in names], dtype=torch.int64)
+    return Routes(tuple(used), ids)
+
+
+def _from_indices(
+    ids: Tensor, index: dict[str, int], hosts: list[tuple[str, AdapterModuleMixin]]
+) -> Routes:
+    if ids.dtype is not torch.int64 or ids.ndim not in (1, 2):
+        raise TypeError(
+            f"indices of adapters must be an int64 tensor [B] or [B, T], "
+            f"got {ids.dtype} {list(ids.shape)}"
+        )
+    disabled = _disabled(hosts)
+    if ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < -1 or high >= len(index):
+            raise ValueError(
+                f"indices of adapters must be in [-1, {len(index)}), got {low} to {high}; "
+                f"there are {index}"
+            )
+        for name in disabled:
+            if bool((ids == index[name]).any()):
+                raise _disabled_error(name, disabled[name])
+    return Routes(tuple(None if name in disabled else name for name in index), ids)
+
+
+def _disabled(hosts: list[tuple[str, AdapterModuleMixin]]) -> dict[str, str]:
+    """The adapters that are disabled somewhere, each with the path of a module where it is."""
+    return {
+        name: path
+        for path, host in hosts
+        for name in host._adapters().keys() - set(host._enabled_adapters)
+    }
+
+
+def _disabled_error(name: str, path: str) -> ValueError:
+    where = f" in submodule {path!r}" if path else ""
+    return ValueError(f"adapter {name!r} is disabled{where}; set_enabled_adapters enables it")
+
+
+class _Kind(NamedTuple):
+    """What the adapters of one call of the op have in common."""
+
+    activation: str
+    norm_position: str
+    eps: float
+    dropout: float
+    depth: float
+    residual: bool
+    dtype: torch.dtype
+
+
+class _Group(NamedTuple):
+    """The adapters of one call of the op; lists of equal length."""
+
+    names: list[str]
+    adapters: list[nn.Module]
+    weights: list[AdapterWeights]
+    l2_lambdas: list[float]
+
+
+class Routes:
+    """Which adapter each sample of a batch uses.
+
+    Args:
+        names: names by index; None: no sample has that index.
+        ids: int64 ``[B]`` or ``[B, T]``, indices into names, -1 for none.
+    """
+
+    def __init__(self, names: tuple[str | None, ...], ids: Tensor) -> None:
+        self._names = names
+        self._ids = ids
+        # What layers share: made once a batch. Empty forever in compiled code, which would
+        # recompile as it fills, and which merges equal calls itself.
+        self._cache: dict[Any, Any] = {}
+
+    def forward(self, host: AdapterModuleMixin, x: Tensor) -> Tensor:
+        """Runs every sample's adapter, of those that a module has.
+
+        Args:
+            host: the module.
+            x: ``[B, ..., D]``, or ``[B, T, ..., D]`` if the ids are ``[B, T]``.
+
+        Raises:
+            AttributeError: if an adapter has no ``adapter_strategy``.
+            TypeError: if x is no tensor.
+            ValueError: if x does not fit the ids, or an adapter has been disabled meanwhile.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"routing needs a tensor as input, got {type(x).__name__}")
+        shape = self._ids.shape
+        if x.ndim <= len(shape) or x.shape[: len(shape)] != shape:
+            raise ValueError(
+                f"adapters are routed for samples of shape {list(shape)}, so the input must be "
+                f"{[*shape, '...', 'D']}; got {list(x.shape)}"
+            )
+        groups: dict[tuple[Any, ...], _Group] = {}
+        alone: list[tuple[int, str, nn.Module, AbstractAdapterStrategy]] = []
+        adapters = host._adapters()
+        enabled = frozenset(host._enabled_adapters)
+        stock_host = (
+            type(host).forward_single_enabled_adapter_ is _STOCK_FORWARD_SINGLE
+            and "forward_single_enabled_adapter_" not in host.__dict__
+        )
+        for i, name in enumerate(self._names):
+            adapter = None if name is None else adapters.get(name)
+            if name is None or adapter is None:
+                continue
+            if name not in enabled:
+                raise _disabled_error(name, "")
+            strategy = strategy_of(adapter, name)
+            call: FusedCall | None = None
+            if stock_host and is_stock(strategy) and hasattr(type(adapter), "fused_call"):
+                call = cast(Any, adapter).fused_call()
+            if call is None:
+                alone.append((i, name, adapter, strategy))
+                continue
+            depth = l2_lambda = 0.0
+            residual = isinstance(strategy, ResidualAddAdapterStrategy)
+            if isinstance(strategy, ResidualAddAdapterStrategy) and host.training:
+                depth = strategy.stochastic_depth
+                l2_lambda = strategy.loss_weight(adapter, host)
+            weights, *settings = call
+            kind: tuple[Any, ...] = (*settings, depth, residual, weights.down[0].dtype)
+            group = groups.get(kind)
+            if group is None:
+                group = groups[kind] = _Group([], [], [], [])
+            group.names.append(name)
+            group.adapters.append(adapter)
+            group.weights.append(weights)
+            group.l2_lambdas.append(l2_lambda)
+        # A call leaves the samples of other groups as they are, so the calls can be chained.
+        for kind, group in groups.items():
+            x = self._forward_group(host, x, _Kind(*kind), group)
+        for i, name, adapter, strategy in alone:
+            x = self._forward_alone(host, x, i, name, adapter, strategy)
+        return x
+
+    def _forward_group(
+        self, host: AdapterModuleMixin, x: Tensor, kind: _Kind, group: _Group
+    ) -> Tensor:
+        l2_lambda = self._l2_lambda(tuple(group.l2_lambdas), x.device)
+        y, aux = ops.linear_adapter(
+            x,
+            AdapterWeights(*([w[0] for w in field] for field in zip(*group.weights, strict=True))),
+            self._routing(tuple(group.names), x.device),
+            activation=kind.activation,
+            norm_position=kind.norm_position,
+            eps=kind.eps,
+            dropout=kind.dropout,
+            stochastic_depth=kind.depth,
+            l2_lambda=l2_lambda,
+            residual=kind.residual,
+            # Everything that differs in training is 0 where it is not active.
+            training=bool(kind.dropout or kind.depth or any(group.l2_lambdas)),
+            compute_dtype=autocast_dtype(x),
+        )
+        for a, (adapter, weight) in enumerate(zip(group.adapters, group.l2_lambdas, strict=True)):
+            if weight:
+                register_adapter_loss(aux[a], adapter, host)
+        return y
+
+    def _forward_alone(
+        self,
+        host: AdapterModuleMixin,
+        x: Tensor,
+        i: int,
+        name: str,
+        adapter: nn.Module,
+        strategy: AbstractAdapterStrategy,
+    ) -> Tensor:
+        own = (self._ids_on(x.device).flatten() == i).nonzero().squeeze(1)
+        if own.numel() == 0:
+            return x
+        samples = x.flatten(0, self._ids.ndim - 1)
+        mine = samples.index_select(0, own)
+        y = cast(
+            Tensor,
+            host.forward_single_enabled_adapter_(
+                mine, adapter, adapter_name=name, adapter_strategy=strategy
+            ),
+        )
+        if y.shape != mine.shape:
+            raise ValueError(
+                f"adapter {name!r} must keep the shape of its input under routing: "
+                f"{list(mine.shape)} became {list(y.shape)}"
+            )
+        return samples.index_copy(0, own, y.to(x.dtype)).reshape(x.shape)
+
+    def _routing(self, names: tuple[str, ...], device: torch.device) -> Routing:
+        def make() -> Routing:
+            ids = self._ids_on(device)
+            if names != self._names:
+                place = {name: i for i, name in enumerate(names)}
+                # The last entry is that of index -1.
+                table = [-1 if n is None else place.get(n, -1) for n in self._names] + [-1]
+                ids = torch.tensor(table, dtype=torch.int64, device=device)[ids]
+            return ops.route(ids, len(names))
+
+        return cast(Routing, self._once((names, device), make))
+
+    def _ids_on(self, device: torch.device) -> Tensor:
+        if self._ids.device == device:
+            return self._ids
+        return cast(Tensor, self._once(device, lambda: self._ids.to(device)))
+
+    def _l2_lambda(self, values: tuple[float, ...], device: torch.device) -> float | Tensor:
+        if len(set(values)) == 1:
+            return values[0]
+        return cast(
+            Tensor,
+            self._once(
+                (values, device), lambda: torch.tensor(values, dtype=torch.float32, device=device)
+            ),
+        )
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return make()
+        # Tensors that were made in inference mode can't be used in training later.
+        key = (key, torch.is_inference_mode_enabled())
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+
+_STOCK_FORWARD_SINGLE = AdapterModuleMixin.forward_single_enabled_adapter_

@@ -1,0 +1,346 @@
+"""What a user can get wrong: each gives an error that names the argument, expected and got."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from op_testing import make_weights, replace
+from torch import Tensor
+
+import adapter_ext
+from adapter_ext import AdapterWeights
+
+D = 16
+A = 3
+
+
+def weights(**fields: Any) -> AdapterWeights:
+    """Valid ragged lists (r = 5, 1, 8), with some fields replaced."""
+    return replace(make_weights([5, 1, 8], D), **fields)
+
+
+def stacked(**fields: Any) -> AdapterWeights:
+    """Valid stacked weights (r = 4), with some fields replaced."""
+    return replace(make_weights([4] * A, D, stacked=True), **fields)
+
+
+def with_one(name: str, tensor: Tensor) -> AdapterWeights:
+    """Valid lists but for adapter 1's tensor of this name."""
+    lists = weights()
+    field = list(getattr(lists, name))
+    field[1] = tensor
+    return replace(lists, **{name: field})
+
+
+def routing(*shape: int, num_adapters: int = A) -> adapter_ext.Routing:
+    return adapter_ext.route(torch.zeros(shape, dtype=torch.int64), num_adapters)
+
+
+def call(**arguments: Any) -> None:
+    """linear_adapter on a valid x [4, 2, 16], but for these arguments."""
+    valid = {"x": torch.randn(4, 2, D), "weights": weights(), "routing": routing(4)}
+    adapter_ext.linear_adapter(**{**valid, **arguments})
+
+
+def test_the_unchanged_call_is_valid() -> None:
+    call()
+    call(weights=stacked())
+    call(**OPTIONS)
+
+
+# What options need before a wrong one among them counts.
+OPTIONS: dict[str, Any] = {"training": True, "seed": torch.tensor(1)}
+
+
+@dataclasses.dataclass
+class Bad:
+    """Arguments that replace valid ones, the exception's type, and words of its message."""
+
+    name: str
+    arguments: dict[str, Any]
+    exception: type[Exception] | tuple[type[Exception], ...]
+    words: list[str]
+
+
+TENSORS = [
+    # x
+    Bad("x-int", {"x": torch.ones(4, 2, D, dtype=torch.int64)}, RuntimeError, ["x", "int64|Long"]),
+    Bad("x-complex", {"x": torch.ones(4, 2, D, dtype=torch.complex64)}, RuntimeError, ["x"]),
+    Bad("x-0d", {"x": torch.tensor(1.0)}, RuntimeError, ["x", "dim"]),
+    Bad("x-sparse", {"x": torch.ones(4, 2, D).to_sparse()}, RuntimeError, ["x", "[Ss]parse"]),
+    Bad("x-meta", {"x": torch.ones(4, 2, D, device="meta")}, RuntimeError, ["meta", "cpu"]),
+    Bad("x-narrow", {"x": torch.randn(4, 2, D - 1)}, RuntimeError, ["16", "15"]),
+    Bad("x-no-columns", {"x": torch.randn(4, 2, 0)}, RuntimeError, ["x|norm_weight"]),
+    # Weights in lists
+    *(
+        Bad(f"{name}-D", {"weights": with_one(name, bad)}, RuntimeError, [rf"{name}\[1\]", *words])
+        for name, bad, words in [
+            ("norm_weight", torch.ones(D + 1), ["16", "17"]),
+            ("norm_bias", torch.ones(D + 1), ["16", "17"]),
+            ("down", torch.ones(1, D + 1), ["16", "17"]),
+            ("up", torch.ones(D + 1, 1), ["16", "17"]),
+        ]
+    ),
+    *(
+        Bad(f"{name}-dims", {"weights": with_one(name, bad)}, RuntimeError, [rf"{name}\[1\]"])
+        for name, bad in [
+            ("norm_weight", torch.ones(1, D)),
+            ("norm_bias", torch.tensor(1.0)),
+            ("down", torch.ones(D)),
+            ("up", torch.ones(1, D, 1)),
+        ]
+    ),
+    *(
+        Bad(
+            f"{name}-dtype",
+            {"weights": with_one(name, tensor.double())},
+            RuntimeError,
+            [rf"{name}\[1\]", "float64|Double", "float32|Float"],
+        )
+        for name, tensor in zip(
+            AdapterWeights._fields, (field[1] for field in weights()), strict=True
+        )
+    ),
+    *(
+        Bad(
+            f"{name}-device",
+            {"weights": with_one(name, tensor.to("meta"))},
+            RuntimeError,
+            [rf"{name}\[1\]", "cpu", "meta"],
+        )
+        for name, tensor in zip(
+            AdapterWeights._fields, (field[1] for field in weights()), strict=True
+        )
+    ),
+    Bad(
+        "r-mismatch",
+        {"weights": with_one("up", torch.ones(D, 2))},
+        RuntimeError,
+        [r"up\[1\]", r"\b1\b", r"\b2\b"],
+    ),
+    Bad(
+        "r-zero",
+        {"weights": replace(with_one("down", torch.ones(0, D)), up=[
+            weights().up[0], torch.ones(D, 0), weights().up[2]
+        ])},
+        RuntimeError,
+        [r"down\[1\]", r"\b0\b"],
+    ),
+    *(
+        Bad(
+            f"{name}-missing-one",
+            {"weights": weights(**{name: list(getattr(weights(), name))[:2]})},
+            RuntimeError,
+            [name, r"\b2\b", r"\b3\b"],
+        )
+        for name in ("norm_weight", "norm_bias", "up")
+    ),
+    Bad(
+        "list-half-precision",
+        {
+            "x": torch.randn(4, 2, D).half(),
+            "weights": with_one("down", torch.ones(1, D).bfloat16()),
+        },
+        RuntimeError,
+        [r"down\[1\]", "bfloat16|BFloat16"],
+    ),
+    # As many tensors in all as there should be, so that a flattened list hides the mistake.
+    Bad(
+        "one-too-few-and-one-too-many",
+        {"weights": weights(norm_weight=[torch.ones(D)] * 2, norm_bias=[torch.ones(D)] * 4)},
+        RuntimeError,
+        ["norm_weight|norm_bias", r"\b3\b", r"\b[24]\b"],
+    ),
+    # Stacked weights
+    Bad(
+        "one-adapter-not-in-a-list",
+        {"weights": AdapterWeights(*(field[0] for field in weights())), "routing": None},
+        RuntimeError,
+        ["norm_weight", r"\bA\b|dim|shape|stack"],
+    ),
+    *(
+        Bad(
+            f"stacked-{name}",
+            {"weights": stacked(**{name: torch.ones(shape)})},
+            RuntimeError,
+            [name, *words],
+        )
+        for name, shape, words in [
+            ("norm_weight", (A, D + 1), ["16", "17"]),
+            ("norm_bias", (A, D - 1), ["16", "15"]),
+            ("down", (A, 4, D + 1), ["16", "17"]),
+            ("up", (A, D + 1, 4), ["16", "17"]),
+            ("up", (A, D, 3), [r"\b4\b", r"\b3\b"]),
+            ("norm_bias", (A + 1, D), [r"\b3\b", r"\b4\b"]),
+            ("down", (4, D), ["dim|shape"]),
+        ]
+    ),
+    *(
+        Bad(
+            f"stacked-{name}-non-contiguous",
+            {"weights": stacked(**{name: getattr(stacked(), name).mT.contiguous().mT})},
+            RuntimeError,
+            [name, "contiguous|stride"],
+        )
+        for name in AdapterWeights._fields
+    ),
+    # Routing
+    Bad("routing-of-more-adapters", {"routing": routing(4, num_adapters=5)}, RuntimeError,
+        ["routing", r"\b3\b", r"\b5\b"]),
+    Bad("routing-of-fewer-adapters", {"routing": routing(4, num_adapters=2)}, RuntimeError,
+        ["routing", r"\b3\b", r"\b2\b"]),
+    Bad("routing-of-fewer-samples", {"routing": routing(3)}, RuntimeError, ["routing", "4", "3"]),
+    Bad("routing-of-wrong-rows", {"routing": routing(4, 3)}, RuntimeError, ["routing", "2", "3"]),
+    Bad("routing-transposed", {"routing": routing(2, 4)}, RuntimeError, ["routing", "2", "4"]),
+    Bad("routing-of-elements", {"routing": routing(4, 2, D)}, RuntimeError, ["routing", "16"]),
+    Bad("routing-missing", {"routing": None}, RuntimeError, ["routing", r"\b3\b"]),
+    Bad("routing-missing-no-adapters", {"routing": None, "weights": AdapterWeights([], [], [], [])},
+        RuntimeError, ["routing", r"\b0\b"]),
+    Bad(
+        "routing-device",
+        {"routing": adapter_ext.Routing(*(t.to("meta") for t in routing(4)))},
+        RuntimeError,
+        ["routing", "cpu", "meta"],
+    ),
+]  # fmt: skip
+
+VALUES = [
+    *(
+        Bad(f"{name}={p}", {**OPTIONS, name: p}, ValueError, [name, r"\[0, 1\]", str(p)])
+        for name in ("dropout", "stochastic_depth")
+        for p in (-0.1, 1.5, math.nan, math.inf)
+    ),
+    # Wrong in every mode, not only where it would be used.
+    Bad("dropout-in-eval", {"dropout": 1.5}, ValueError, ["dropout", "1.5"]),
+    Bad("depth-in-eval", {"stochastic_depth": -1.0}, ValueError, ["stochastic_depth", "-1"]),
+    Bad("dropout-str", {"dropout": "0.5"}, TypeError, ["dropout", "str"]),
+    *(
+        Bad(f"eps={eps}", {"eps": eps}, ValueError, ["eps", str(eps)])
+        for eps in (0.0, -1e-5, math.nan)
+    ),
+    Bad(
+        "activation",
+        {"activation": "tanhh"},
+        ValueError,
+        ["activation", "tanhh", "swish", "gelu"],
+    ),
+    Bad(
+        "norm_position",
+        {"norm_position": "mid"},
+        ValueError,
+        ["norm_position", "mid", "pre", "post"],
+    ),
+    Bad(
+        "stochastic_depth_mode",
+        {"stochastic_depth_mode": "row"},
+        ValueError,
+        ["stochastic_depth_mode", "row", "call", "sample"],
+    ),
+    Bad(
+        "depth-without-residual",
+        {**OPTIONS, "residual": False, "stochastic_depth": 0.1},
+        ValueError,
+        ["residual", "stochastic_depth"],
+    ),
+    Bad(
+        "l2-without-residual",
+        {**OPTIONS, "residual": False, "l2_lambda": 0.1},
+        ValueError,
+        ["residual", "l2_lambda"],
+    ),
+    *(
+        Bad(f"l2={value}", {**OPTIONS, "l2_lambda": value}, ValueError, ["l2_lambda", str(value)])
+        for value in (-0.1, math.nan)
+    ),
+    Bad(
+        "l2-shape",
+        {**OPTIONS, "l2_lambda": torch.ones(2)},
+        (ValueError, RuntimeError),
+        ["l2_lambda", r"\b2\b", r"\b3\b"],
+    ),
+    Bad("seed-nan", {**OPTIONS, "dropout": 0.1, "seed": math.nan}, TypeError, ["seed", "float"]),
+    Bad(
+        "seed-float-tensor",
+        {**OPTIONS, "dropout": 0.1, "seed": torch.tensor(1.0)},
+        TypeError,
+        ["seed", "int64", "float32"],
+    ),
+    Bad(
+        "seed-two-elements",
+        {**OPTIONS, "dropout": 0.1, "seed": torch.tensor([1, 2])},
+        (ValueError, RuntimeError),
+        ["seed", r"\b2\b"],
+    ),
+    Bad("compute-dtype-int", {"compute_dtype": torch.int8}, ValueError, ["compute_dtype", "int8"]),
+    Bad(
+        "compute-dtype-str",
+        {"compute_dtype": "bf16"},
+        (TypeError, ValueError),
+        ["compute_dtype", "bf16"],
+    ),
+    *(
+        Bad(f"routing-is-ids-{n}", {"routing": torch.zeros(n, dtype=torch.int64)}, TypeError,
+            ["routing", "Tensor"])
+        for n in (3, 4)  # three would unpack as ids, order and offsets
+    ),
+    Bad("x-is-list", {"x": [1.0] * D}, TypeError, ["x", "list"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", TENSORS, ids=lambda bad: bad.name)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no_grad", "grad"])
+def test_tensors(bad: Bad, requires_grad: bool) -> None:
+    with torch.set_grad_enabled(requires_grad):
+        assert message_of(bad).startswith("linear_adapter:")
+
+
+@pytest.mark.parametrize("bad", VALUES, ids=lambda bad: bad.name)
+def test_values(bad: Bad) -> None:
+    message_of(bad)
+
+
+def message_of(bad: Bad) -> str:
+    """The message of the call's exception, which must hold all the words."""
+    with pytest.raises(bad.exception) as caught:
+        call(**bad.arguments)
+    message = str(caught.value)
+    for word in bad.words:
+        assert re.search(word, message), f"{word!r} is not in {message!r}"
+    return message
+
+
+ROUTE = {
+    "too-large": ([0, 3], 3, RuntimeError, ["ids", r"\b3\b"]),
+    "far-too-large": ([0, 2**62], 3, RuntimeError, ["ids", str(2**62)]),
+    "below-minus-one": ([-2, 0], 3, RuntimeError, ["ids", "-2"]),
+    "no-adapters": ([0], 0, RuntimeError, ["ids", r"\b0\b"]),
+    "int32": (torch.zeros(3, dtype=torch.int32), 3, RuntimeError, ["ids", "int64", "int32|Int"]),
+    "float": (torch.zeros(3), 3, RuntimeError, ["ids", "int64", "float32|Float"]),
+    "bool": (torch.zeros(3, dtype=torch.bool), 3, RuntimeError, ["ids", "int64", "[Bb]ool"]),
+    "negative-count": ([-1], -1, RuntimeError, ["num_adapters", "-1"]),
+    "list": ((0, 1), 3, TypeError, ["ids", "tuple"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ids", "num_adapters", "exception", "words"), ROUTE.values(), ids=ROUTE)
+def test_route(ids: Any, num_adapters: int, exception: type[Exception], words: list[str]) -> None:
+    with pytest.raises(exception) as caught:
+        adapter_ext.route(torch.tensor(ids) if isinstance(ids, list) else ids, num_adapters)
+    message = str(caught.value)
+    if exception is RuntimeError:
+        assert message.startswith("route:")
+    for word in words:
+        assert re.search(word, message), f"{word!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize("name", ["order", "offsets"])
+def test_forged_routing_cannot_crash(name: str) -> None:
+    """Routing made by hand, of the wrong sizes, is an error; never memory out of bounds."""
+    forged = routing(4)._replace(**{name: torch.zeros(2, dtype=torch.int64)})
+    with pytest.raises(RuntimeError, match="linear_adapter: routing"):
+        call(routing=forged)

@@ -1,0 +1,137 @@
+"""Same inputs, same bits: over repeats, thread counts, and whatever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from op_testing import Case, Results, make_weights
+from torch import Tensor
+
+import adapter_ext
+from adapter_ext import AdapterWeights
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+TRAINING = {
+    "eval": {},
+    "training": {"training": True, "dropout": 0.1, "stochastic_depth": 0.3, "l2_lambda": 0.3},
+}
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+every_norm_position = pytest.mark.parametrize("norm_position", ["pre", "post"])
+every_hidden_size = pytest.mark.parametrize("hidden_size", [50, 512, 1000])
+every_bottleneck = pytest.mark.parametrize("bottleneck", [7, 16, 64])
+
+
+def assert_same_bits(actual: Results, expected: Results) -> None:
+    for name, result in actual.items():
+        assert torch.equal(result, expected[name]), name
+
+
+@every_dtype
+@every_norm_position
+@pytest.mark.parametrize("training", TRAINING)
+@pytest.mark.parametrize("routing", ["none", "row", "sample", "one"])
+@pytest.mark.parametrize("rows", [1, 3, 40], ids="rows={}".format)
+def test_threads_and_repeats(
+    rows: int,
+    routing: str,
+    training: str,
+    norm_position: str,
+    dtype: torch.dtype,
+    set_num_threads: Callable[[int], None],
+) -> None:
+    call = Case(
+        shape=(rows, 13, 200),
+        bottlenecks=(16,) if routing == "none" else (16, 7, 33),
+        routing=routing,
+        dtype=dtype,
+        options={"norm_position": norm_position, **TRAINING[training]},
+    ).build()
+    set_num_threads(2)
+    expected = call.results()
+    assert_same_bits(call.results(), expected)
+    for threads in (1, 2):
+        set_num_threads(threads)
+        assert_same_bits(call.results(), expected)
+
+
+def rows_alone_and_together(
+    x: Tensor, dy: Tensor, ids: Tensor, weights: AdapterWeights, norm_position: str
+) -> tuple[Tensor, Tensor]:
+    """y and dx of a batch."""
+    x = x.detach().requires_grad_()
+    routing = adapter_ext.route(ids, len(weights))
+    y, _ = adapter_ext.linear_adapter(x, weights, routing, norm_position=norm_position)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    return y.detach(), dx
+
+
+@every_dtype
+@every_norm_position
+@every_hidden_size
+@every_bottleneck
+def test_batch_invariance(
+    bottleneck: int, hidden_size: int, norm_position: str, dtype: torch.dtype
+) -> None:
+    """Rows have the same bits alone, in any small batch, and among 1000 others of any adapters."""
+    weights = make_weights([5, bottleneck, bottleneck], hidden_size, dtype=dtype)
+    x = torch.randn(1001, hidden_size).to(dtype)
+    dy = torch.randn(1001, hidden_size).to(dtype)
+    ids = torch.randint(-1, 3, (1001,))
+    tracked = [0, 1, 500, 999, 1000]
+    ids[tracked] = 1
+
+    def run(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return rows_alone_and_together(x[rows], dy[rows], ids[rows], weights, norm_position)
+
+    everything = torch.arange(1001)
+    alone = {row: run(torch.tensor([row]), ids) for row in tracked}
+    only_this_adapter = torch.ones_like(ids)
+    few_rows_of_this_adapter = torch.where(torch.isin(everything, torch.tensor(tracked)), 1, 2)
+    for other_ids in (ids, only_this_adapter, few_rows_of_this_adapter):
+        y, dx = run(everything, other_ids)
+        for row, (y_alone, dx_alone) in alone.items():
+            assert torch.equal(y[row], y_alone[0]), f"y of row {row}"
+            assert torch.equal(dx[row], dx_alone[0]), f"dx of row {row}"
+    y_alone, dx_alone = alone[500]
+    for size in range(2, 10):
+        for position in (0, size - 1):
+            rows = torch.cat([everything[:position], torch.tensor([500]), everything[501:]])[:size]
+            y, dx = run(rows, only_this_adapter)
+            assert torch.equal(y[position], y_alone[0]), f"y in a batch of {size}"
+            assert torch.equal(dx[position], dx_alone[0]), f"dx in a batch of {size}"
+
+
+@every_dtype
+@every_norm_position
+def test_layout_invariance(norm_position: str, dtype: torch.dtype) -> None:
+    """How x and dy lie in memory, and where, does not change a bit."""
+    options = {"norm_position": norm_position, **TRAINING["training"]}
+    call = Case(shape=(6, 9, 50), bottlenecks=(7, 16), dtype=dtype, options=options).build()
+    expected = call.results()
+    x = call.x.detach()
+    for offset in range(4):
+        wide = torch.empty(6, 9, 53, dtype=dtype)
+        wide[..., offset : offset + 50] = x
+        call.x = wide[..., offset : offset + 50].requires_grad_()
+        assert_same_bits(call.results(), expected)
+    call.x = x.mT.contiguous().mT.requires_grad_()
+    call.dy = call.dy.mT.contiguous().mT
+    assert_same_bits(call.results(), expected)
+
+
+@every_norm_position
+@pytest.mark.parametrize("wanted", ["x", "up[0]", "down[1]", "norm_weight[0]", "norm_bias[1]"])
+def test_gradients_do_not_depend_on_which_are_asked_for(wanted: str, norm_position: str) -> None:
+    options = {"norm_position": norm_position, **TRAINING["training"]}
+    case = Case(shape=(6, 9, 50), bottlenecks=(7, 16), options=options)
+    expected = case.build().results()
+    name = f"grad of {wanted}"
+    assert torch.equal(case.build().requires_grad_([wanted]).results()[name], expected[name])

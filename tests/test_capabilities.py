@@ -1,0 +1,60 @@
+"""Every instruction-set level of the CPU library that this machine can run gives right results."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from adapter_ext import _C
+
+HERE = pathlib.Path(__file__).parent
+COMPILED = _C.compiled_cpu_capabilities()
+IN_USE = _C.cpu_capability()
+
+
+def run(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ADAPTER_EXT_CPU_CAPABILITY": capability}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+
+
+# The level in use is what all other tests run; those above it may need another machine.
+every_lower_level = pytest.mark.parametrize("capability", COMPILED[: COMPILED.index(IN_USE)])
+
+
+@every_lower_level
+def test_lower_level(capability: str) -> None:
+    show = run(capability, "-c", "from adapter_ext import _C; print(_C.cpu_capability())")
+    assert show.stdout.strip() == capability, show.stderr
+    run_tests(capability, "-k", "test_dtypes", "test_linear_adapter.py")
+
+
+@pytest.mark.slow
+@every_lower_level
+def test_lower_level_fully(capability: str) -> None:
+    run_tests(capability, "test_linear_adapter.py", "test_bitwise.py")
+
+
+def run_tests(capability: str, *arguments: str) -> None:
+    paths = [str(HERE / a) if a.endswith(".py") else a for a in arguments]
+    result = run(capability, "-m", "pytest", "-x", *paths)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_unknown_level_is_an_error() -> None:
+    code = "import torch, adapter_ext as a; a.route(torch.zeros(1, dtype=torch.int64), 1); "
+    code += "a._C.cpu_capability()"
+    result = run("avx1024", "-c", code)
+    assert result.returncode != 0
+    assert "ADAPTER_EXT_CPU_CAPABILITY" in result.stderr
+    assert "avx1024" in result.stderr

@@ -1,0 +1,602 @@
+"""Routing: every sample its own adapter."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch._dynamo.testing
+from layer_testing import Block, D, config, formula, make_block, rand, randomize
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import adapter_ext
+from adapter_ext import (
+    AccessMixin,
+    AdapterModuleUtil,
+    LinearAdapter,
+    ResidualAddAdapterStrategy,
+    ResidualAddAdapterStrategyConfig,
+    ReturnResultAdapterStrategy,
+    ReturnResultAdapterStrategyConfig,
+    adapter_index,
+    ops,
+)
+
+NAMES = ("a", "a1", "module", "1", "x1")
+BATCH = ["a1", None, "x1", "a1", "1", "module", None]
+
+
+class Shift(nn.Module, AdapterModuleUtil):
+    """An adapter that the op does not know."""
+
+    def __init__(self, width=D):
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(width))
+        self.setup_adapter_strategy(None)
+
+    def forward(self, x):
+        return torch.tanh(x + self.bias)
+
+
+SHIFT = f"{__name__}.Shift"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()  # the tests' recompilations of one forward would add up
+
+
+@pytest.fixture
+def block():
+    return make_block(*NAMES)
+
+
+@pytest.fixture
+def op_calls(monkeypatch):
+    calls = []
+
+    def spy_on(name):
+        op = getattr(ops, name)
+
+        def spy(*args, **kwargs):
+            calls.append(name)
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, spy)
+
+    spy_on("linear_adapter")
+    spy_on("route")
+    return calls
+
+
+def expected(block, x, names):
+    """Each sample by its own adapter's formula."""
+    hidden = block.linear(x)
+    rows = []
+    for row, name in zip(hidden, names, strict=True):
+        adapter = None if name is None else block.get_adapter_module(name)
+        if adapter is None:
+            rows.append(row)
+            continue
+        out = adapter(row) if isinstance(adapter, Shift) else formula(adapter, row)
+        residual = isinstance(adapter.adapter_strategy, ResidualAddAdapterStrategy)
+        rows.append(row + out if residual else out)
+    return torch.stack(rows)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_names(shape, block, op_calls):
+    x = rand(len(BATCH), *shape, D)
+    with block.route_adapters(BATCH):
+        y = block(x)
+    close(y, expected(block, x, BATCH))
+    assert op_calls == ["route", "linear_adapter"]
+    assert torch.equal(y[1], block.linear(x)[1])
+
+
+def test_indices(block, op_calls):
+    assert block.adapter_index == {"a": 0, "a1": 1, "module": 2, "1": 3, "x1": 4}
+    ids = torch.tensor([-1 if n is None else block.adapter_index[n] for n in BATCH])
+    x = rand(len(BATCH), 3, D)
+    with block.route_adapters(ids):
+        close(block(x), expected(block, x, BATCH))
+    assert op_calls == ["route", "linear_adapter"]
+
+
+def test_indices_of_rows(block):
+    ids = torch.tensor([[0, -1, 4], [4, 2, 2]])
+    names = [None if i < 0 else NAMES[i] for i in ids.flatten().tolist()]
+    x = rand(2, 3, D)
+    with block.route_adapters(ids):
+        close(block(x), expected(block, x.reshape(6, D), names).reshape(2, 3, D))
+
+
+def test_nobody_uses_an_adapter(block):
+    x = rand(2, D)
+    for nobody in ([None, None], torch.tensor([-1, -1])):
+        with block.route_adapters(nobody):
+            assert torch.equal(block(x), block.linear(x))
+    with block.route_adapters([]):
+        assert block(rand(0, D)).shape == (0, D)
+    with block.route_adapters(torch.zeros(0, dtype=torch.int64)):
+        assert block(rand(0, 2, D)).shape == (0, 2, D)
+
+
+def test_outside_the_context_the_enabled_chain_runs(block):
+    x = rand(2, D)
+    before = block(x)
+    with block.route_adapters(["a", "a"]):
+        assert not torch.allclose(block(x), before)
+    assert torch.equal(block(x), before)
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_unlike_adapters_are_grouped(indices, op_calls):
+    block = Block().double()
+    for name, cfg in {
+        "a": {},
+        "b": {"dim": 8},
+        "c": {"activation": "relu"},
+        "d": {"activation": "relu", "norm_position": "post", "dim": 1},
+        "e": {"adapter_strategy": ReturnResultAdapterStrategyConfig()},
+        "f": {"activation": "relu", "dim": 2},
+        "g": {"activation": "silu"},
+        "h": {"adapter_strategy": ResidualAddAdapterStrategyConfig(0.5, 0.25)},
+    }.items():
+        block.add_adapter(name, config(**cfg))
+    block.add_adapter("s", {"_target_": SHIFT})
+    randomize(block)
+    block.eval()
+    names = [*"hgfedcba", None, *"ssbda"]
+    ids = torch.tensor([block.adapter_index.get(n, -1) for n in names])
+    x = rand(len(names), 2, D)
+    with block.route_adapters(ids if indices else names):
+        close(block(x), expected(block, x, names))
+    # {a, b, g, h} (depth and loss are off in evaluation), {c, f}, {d}, {e}
+    assert op_calls.count("linear_adapter") == 4
+    assert op_calls.count("route") == 4
+
+
+def test_dropout_follows_each_adapter(op_calls):
+    block = make_block("a", "b", "c", dropout=1.0).double()
+    block.adapter_layer["b"].train()
+    x = rand(3, D)
+    with block.route_adapters(["a", "b", "c"]):
+        y = block(x)
+    close(y, expected(block, x, ["a", None, "c"]))
+    assert op_calls.count("linear_adapter") == 2
+
+
+def test_stochastic_depth_draws_for_each_adapter():
+    block = make_block(*"abcdefgh").train()
+    for adapter in block.adapter_layer.values():
+        adapter.adapter_strategy.stochastic_depth = 0.5
+    x = rand(8, D)
+    hidden = block.linear(x)
+    names = list("abcdefgh")
+    full = expected(block, x, names) - hidden
+    with block.route_adapters(names):
+        delta = block(x) - hidden
+    kept = delta.abs().sum(1) > 0
+    assert 0 < kept.sum() < 8
+    close(delta[kept], 2 * full[kept])
+
+
+def test_slow_path_of_hosts_and_strategies_that_override():
+    seen = []
+
+    class Host(Block):
+        def forward_single_enabled_adapter_(self, input, adapter_module, **kwargs):
+            seen.append((kwargs["adapter_name"], input.shape))
+            return super().forward_single_enabled_adapter_(input, adapter_module, **kwargs)
+
+    class Minus(ResidualAddAdapterStrategy):
+        def forward(self, input, adapter, *, module):
+            return input - adapter(input)
+
+    block = Host().double()
+    for name in "ab":
+        block.add_adapter(name, config())
+    randomize(block)
+    block.adapter_layer["b"].adapter_strategy = Minus()
+    x = rand(5, 2, D)
+    names = ["b", "a", None, "b", "b"]
+    want = expected(block, x, names)
+    hidden = block.linear(x)
+    minus = torch.tensor([n == "b" for n in names])
+    want[minus] = 2 * hidden[minus] - want[minus]
+    with block.route_adapters(names):
+        close(block(x), want)
+    assert seen == [("b", (3, 2, D)), ("a", (1, 2, D))]
+    seen.clear()
+    with block.route_adapters(torch.tensor([[1, -1]] * 5)):
+        close(block(x)[:, 1], hidden[:, 1])
+    assert seen == [("b", (5, D))]
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_run_under_routing(register, block):
+    shapes = []
+    adapter = block.adapter_layer["a1"]
+    getattr(adapter, register)(lambda m, args, *_: shapes.append(args[0].shape))
+    x = rand(len(BATCH), D)
+    with block.route_adapters(BATCH):
+        close(block(x), expected(block, x, BATCH))
+    assert shapes[0] == (2, D)
+
+
+@pytest.mark.parametrize("kind", ["patched", "swapped layer", "eps"])
+def test_changed_adapters_run_under_routing(kind, block):
+    adapter = block.adapter_layer["a1"]
+    x = rand(2, D)
+    hidden = block.linear(x)
+    if kind == "eps":
+        adapter.module[0].eps = 0.25
+        want = hidden[0] + adapter.module(hidden[0])
+    elif kind == "patched":
+        adapter.adapter_strategy.compute_output = lambda input, *_, **__: input
+        want = 2 * hidden[0]
+    else:
+        adapter.module[2] = nn.Tanh()
+        want = hidden[0] + adapter.module(hidden[0])
+    with block.route_adapters(["a1", "a"]):
+        y = block(x)
+    close(y[0], want)
+    close(y[1], hidden[1] + formula(block.adapter_layer["a"], hidden[1]))
+
+
+def test_shape_changing_adapter():
+    block = Block().double()
+    block.add_adapter("s", {"_target_": SHIFT})
+    block.adapter_layer["s"].adapter_strategy = ReturnResultAdapterStrategy()
+    block.adapter_layer["s"].forward = lambda x: x[..., :2]
+    with (
+        block.route_adapters(["s", None]),
+        pytest.raises(ValueError, match=r"keep the shape.*\[1, 13\] became \[1, 2\]"),
+    ):
+        block(rand(2, D))
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_joint_training_is_training_alone(indices, block):
+    x = rand(len(BATCH), 2, D)
+    ids = torch.tensor([block.adapter_index.get(n, -1) for n in BATCH])
+    weight = rand(len(BATCH), 2, D, seed=3)
+    with block.route_adapters(ids if indices else BATCH):
+        (block(x) * weight).sum().backward()
+    got = {n: p.grad for n, p in block.adapter_layer.named_parameters()}
+    block.zero_grad()
+    hidden = block.linear(x)
+    for i, name in enumerate(BATCH):
+        if name is not None:
+            row = hidden[i]
+            ((row + block.adapter_layer[name].module(row)) * weight[i]).sum().backward(
+                retain_graph=True
+            )
+    for name, p in block.adapter_layer.named_parameters():
+        if name.startswith("a."):  # in nobody's rows
+            assert got[name] is None or not got[name].any()
+        else:
+            close(got[name], p.grad)
+
+
+def test_aux_loss_is_each_adapters_own(block):
+    block.train()
+    lambdas = {"a": 0.0, "a1": 0.25, "module": 0.5, "1": 0.0, "x1": 1.0}
+    for name, value in lambdas.items():
+        block.adapter_layer[name].adapter_strategy.l2_lambda = value
+    x = rand(len(BATCH), 3, D)
+    block.model_guid = "g"
+    with block.route_adapters(BATCH):
+        delta = block(x) - block.linear(x)
+    assert AccessMixin.is_access_enabled("g")
+    registry = AccessMixin.get_module_registry(block)
+    assert set(registry) == {f"adapter_layer.{n}" for n in ("a1", "module", "x1")}
+    for name in ("a1", "module", "x1"):
+        rows = torch.tensor([n == name for n in BATCH])
+        want = lambdas[name] * delta[rows].square().sum() / rows.sum()
+        [loss] = registry[f"adapter_layer.{name}"]["adapter_loss"]
+        close(loss, want)
+    AccessMixin.reset_registry(block)
+    block.adapter_layer["x1"].requires_grad_(False)
+    with block.route_adapters(torch.tensor([0, 4])):
+        block(rand(2, D))
+    registry = AccessMixin.get_module_registry(block)
+    assert set(registry) == {"adapter_layer.a1", "adapter_layer.module"}
+    assert registry["adapter_layer.a1"]["adapter_loss"][0] == 0
+    AccessMixin.reset_registry(block)
+
+
+def test_routes_made_in_inference_mode_serve_training_too(block):
+    x = rand(len(BATCH), D)
+    with block.route_adapters(BATCH):
+        with torch.inference_mode():
+            block(x)
+        block(x).sum().backward()
+    assert block.adapter_layer["a1"].module[1].weight.grad is not None
+
+
+def test_autocast():
+    block = make_block("a", "b").float()
+    x = rand(3, D, dtype=torch.float32)
+    with block.route_adapters(["a", "b", None]):
+        plain = block(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = block.forward_enabled_adapters(block.linear(x).float())
+    assert y.dtype is torch.float32
+    torch.testing.assert_close(y, plain, rtol=0.1, atol=0.1)
+    assert not torch.equal(y, plain)
+
+
+def test_checkpointing_with_the_routes_given_again(block):
+    x = rand(len(BATCH), D).requires_grad_()
+    with block.route_adapters(BATCH):
+        block(x).sum().backward()
+    want, x.grad = x.grad, None
+    with block.route_adapters(BATCH):
+        y = checkpoint(
+            block,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), block.route_adapters(BATCH)),
+        )
+    y.sum().backward()
+    close(x.grad, want)
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    """Blocks with overlapping sets of adapters, in different orders."""
+    blocks = [make_block("a", "a1", "x1", seed=1), make_block("x1", "a", seed=2)]
+    return nn.Sequential(*blocks, nn.Tanh(), make_block("1", seed=3), make_block(seed=4))
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_routing_reaches_all_submodules(indices, model):
+    names = ["x1", "a1", None, "1", "a", "x1"]
+    index = adapter_index(model)
+    assert index == {"a": 0, "a1": 1, "x1": 2, "1": 3}
+    ids = torch.tensor([index.get(n, -1) for n in names])
+    x = want = rand(len(names), 2, D)
+    for layer in model:
+        want = expected(layer, want, names) if isinstance(layer, Block) else layer(want)
+    with adapter_ext.route_adapters(model, ids if indices else names):
+        close(model(x), want)
+
+
+def test_layers_share_the_routing(op_calls):
+    model = nn.Sequential(*(make_block("a", "b", seed=i) for i in range(5)))
+    x = rand(3, D)
+    for names in (["a", "b", None], torch.tensor([0, 1, -1])):
+        op_calls.clear()
+        with adapter_ext.route_adapters(model, names):
+            model(x)
+            model(x)
+        assert op_calls.count("route") == 1
+        assert op_calls.count("linear_adapter") == 10
+
+
+def test_nested_contexts(block):
+    x = rand(2, D)
+    one, two = ["a", "x1"], ["1", None]
+    with block.route_adapters(one):
+        with block.route_adapters(two):
+            close(block(x), expected(block, x, two))
+        close(block(x), expected(block, x, one))
+
+
+def test_inner_context_on_a_submodule_leaves_the_others_routed(model):
+    x = rand(2, D)
+    with adapter_ext.route_adapters(model, ["a", "a"]):
+        with model[1].route_adapters(["x1", None]):
+            close(model[0](x), expected(model[0], x, ["a", "a"]))
+            close(model[1](x), expected(model[1], x, ["x1", None]))
+        close(model[1](x), expected(model[1], x, ["a", "a"]))
+
+
+def test_exceptions_restore(block):
+    x = rand(2, D)
+    before = block(x)
+    with pytest.raises(RuntimeError, match="mine"), block.route_adapters(["a", "a"]):
+        raise RuntimeError("mine")
+    with pytest.raises(ValueError, match="nobody"), block.route_adapters(["nobody", "a"]):
+        pass
+    assert torch.equal(block(x), before)
+    assert block._adapter_routes == ()
+
+
+def test_threads_have_their_own_routes(block):
+    x = rand(2, D)
+    plain = block(x)
+    batches = [["a", None], ["x1", "1"], ["module", "a1"], None]
+    wants = [plain if b is None else expected(block, x, b) for b in batches]
+    barrier = threading.Barrier(len(batches))
+    wrong = []
+
+    def serve(names, want):
+        for _ in range(20):
+            with nullcontext() if names is None else block.route_adapters(names):
+                barrier.wait()  # all contexts are open at once
+                if not torch.allclose(block(x), want):
+                    wrong.append(names)
+                barrier.wait()
+
+    threads = [threading.Thread(target=serve, args=a) for a in zip(batches, wants, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert block._adapter_routes == ()
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+def enter(block, names):
+    with block.route_adapters(names):
+        pass
+
+
+def test_unknown_names(block, model):
+    with pytest.raises(ValueError, match=r"no adapter named 'fr'; there are \['a', 'a1', 'module'"):
+        enter(block, ["a", "fr"])
+    with (
+        pytest.raises(ValueError, match="no adapter named 'module'"),
+        adapter_ext.route_adapters(model, ["module"]),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"no adapter named 'a'; there are \[\]"),
+        adapter_ext.route_adapters(nn.Linear(2, 2), ["a"]),
+    ):
+        pass
+
+
+def test_disabled_adapters(block, model):
+    block.set_enabled_adapters("a1", False)
+    for names in (["a", "a1"], torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match="adapter 'a1' is disabled; set_enabled_adapters"):
+            enter(block, names)
+    x = rand(3, D)
+    with block.route_adapters(torch.tensor([0, -1, 4])):
+        close(block(x), expected(block, x, ["a", None, "x1"]))
+    model[1].set_enabled_adapters("a", False)
+    with (
+        pytest.raises(ValueError, match="adapter 'a' is disabled in submodule '1'"),
+        adapter_ext.route_adapters(model, ["a"]),
+    ):
+        pass
+
+
+def test_disabling_within_the_context(block):
+    with block.route_adapters(["a", "a1"]):
+        block.set_enabled_adapters("a1", False)
+        with pytest.raises(ValueError, match="'a1' is disabled"):
+            block(rand(2, D))
+
+
+def test_indices_out_of_range(block):
+    for bad in (5, -2, 10**12):
+        with pytest.raises(ValueError, match=r"indices of adapters must be in \[-1, 5\), got "):
+            enter(block, torch.tensor([0, bad]))
+
+
+@pytest.mark.parametrize(
+    "names", ["fr", 3, {"a"}, torch.zeros(2), torch.tensor(0), torch.zeros(1, 1, 1).long()]
+)
+def test_wrong_types(names, block):
+    with pytest.raises(TypeError, match=r"sequence of names|int64 tensor \[B\] or \[B, T\], got"):
+        enter(block, names)
+    with pytest.raises(ValueError, match="no adapter named 0"):
+        enter(block, [0, 1])
+
+
+@pytest.mark.parametrize("shape", [(3, D), (1, D), (D,), (3, 2, D)])
+def test_wrong_number_of_samples(shape, block):
+    message = rf"samples of shape \[2\], so the input must be \[2, '...', 'D'\]; got \[{shape[0]}"
+    with block.route_adapters(["a", None]), pytest.raises(ValueError, match=message):
+        block(rand(*shape))
+    with block.route_adapters(torch.zeros(2, 4).long()), pytest.raises(ValueError, match="samples"):
+        block(rand(2, 3, D))
+
+
+def test_inputs_that_are_no_tensors(block):
+    with block.route_adapters(["a"]), pytest.raises(TypeError, match="tensor as input, got dict"):
+        block.forward_enabled_adapters({"x": rand(1, D)})
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_indices_do_not_recompile(training, model):
+    model.train(training)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    index = list(adapter_index(model))
+    for seed in range(4):
+        ids = torch.randint(-1, 4, (5,), generator=torch.Generator().manual_seed(seed))
+        names = [None if i < 0 else index[i] for i in ids.tolist()]
+        x = want = rand(5, 2, D, seed=seed)
+        for layer in model:
+            want = expected(layer, want, names) if isinstance(layer, Block) else layer(want)
+        with adapter_ext.route_adapters(model, ids):
+            for _ in range(2):
+                close(compiled(x), want)
+    assert counter.frame_count == 1
+
+
+def test_compiled_names(block):
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    x = rand(3, D)
+    for names in (["a", "x1", None], ["1", None, "1"], ["a", "x1", "x1"]):
+        with block.route_adapters(names):
+            close(compiled(x), expected(block, x, names))
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_compiled_training_with_losses(block):
+    block.train()
+    for i, adapter in enumerate(block.adapter_layer.values()):
+        adapter.adapter_strategy.l2_lambda = 0.1 * i
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    x = rand(5, D)
+    grads = []
+    for run in (block, compiled, compiled):
+        block.zero_grad()
+        with block.route_adapters(torch.arange(5)):
+            y = run(x)
+        losses = [
+            t for r in AccessMixin.get_module_registry(block).values() for t in r["adapter_loss"]
+        ]
+        assert len(losses) == 4
+        (y.square().sum() + sum(losses)).backward()
+        AccessMixin.reset_registry(block)
+        grads.append([p.grad.clone() for p in block.parameters()])
+    for got in grads[1:]:
+        torch.testing.assert_close(got, grads[0])
+
+
+def test_compiled_module_routed_by_two_threads_is_refused(block):
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    x = rand(2, D)
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with block.route_adapters(["a", "a"]):
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    try:
+        with block.route_adapters(["1", "1"]), pytest.raises(Exception, match="one thread"):
+            compiled(x)
+    finally:
+        leave.set()
+        thread.join()
+
+
+def test_linear_adapter_called_by_itself_is_not_routed(block):
+    adapter: LinearAdapter = block.adapter_layer["a"]
+    x = rand(3, D)
+    with block.route_adapters(["a"]):
+        close(adapter(x), formula(adapter, x))
