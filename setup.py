@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ class CMakeBuild(build_ext):
         else:
             package = Path(self.build_lib).resolve() / "adapter_ext"
             build = Path(self.build_temp).resolve() / "cmake"
+            shutil.rmtree(build, ignore_errors=True)  # it may hold paths of an environment now gone
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
@@ -37,6 +39,7 @@ class CMakeBuild(build_ext):
             "Ninja",
             f"-S{ROOT}",
             f"-B{build}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -50,6 +53,9 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), f"-j{jobs}"], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)
+        # For the error message of a library that does not load.
+        facts = f"adapter_ext {self.distribution.get_version()} against torch {torch.__version__}\n"
+        (package / "built_with.txt").write_text(facts)
 
 
 setup(

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
-_ROOT = Path(__file__).parent
-CPU_LIBRARY = _ROOT / "libadapter_ext_cpu.so"
+import adapter_ext
+
+_NAME = "libadapter_ext_cpu.so"
 
 
-def _load() -> None:
+def _folder() -> Path:
+    """The folder that holds the libraries."""
+    own = Path(__file__).parent
+    if (own / _NAME).exists():
+        return own
+    # Python was started in a source folder, which hides the installed package: take its libraries.
+    for entry in sys.path:
+        installed = Path(entry) / "adapter_ext"
+        if (installed / _NAME).exists():
+            adapter_ext.__path__.append(str(installed))
+            return installed
+    return own
+
+
+def _load() -> Path:
+    library = _folder() / _NAME
     try:
-        torch.ops.load_library(str(CPU_LIBRARY))
+        torch.ops.load_library(str(library))
         from adapter_ext import _C
 
         _C.cpu_capability()
     except (OSError, ImportError, RuntimeError) as error:
-        try:
-            built = (_ROOT / "built_with.txt").read_text().strip()
-        except OSError:
-            built = "no record of a finished build"
-        cause = error.__cause__ or error
+        built = library.with_name("built_with.txt")
         raise ImportError(
-            f"adapter_ext: its native library does not load: {cause}\n"
-            f"  library: {CPU_LIBRARY} ({'there' if CPU_LIBRARY.exists() else 'missing'})\n"
-            f"  built: {built}\n"
-            f"  running: torch {torch.__version__} (needs 2.10 or later)\n"
-            "  what to do: reinstall it in this environment with `pip install --force-reinstall "
-            "--no-deps adapter_ext` (or `pip install .` in its source folder)"
+            f"adapter_ext: its native library does not load: {error.__cause__ or error}\n"
+            f"  library: {library} ({'there' if library.exists() else 'missing'})\n"
+            f"  built: {built.read_text().strip() if built.exists() else 'never, as it seems'}\n"
+            f"  running: torch {torch.__version__} (2.10 or later is needed)\n"
+            "  what to do: `pip install --force-reinstall --no-deps .` in the source folder, in the "
+            "environment that runs it"
         ) from error
+    return library
 
 
-_load()
+CPU_LIBRARY = _load()
+"""The library of ops and CPU kernels."""

@@ -8,8 +8,6 @@
 add_library(stable_torch INTERFACE)
 target_include_directories(stable_torch SYSTEM INTERFACE ${ADAPTER_EXT_TORCH_DIR}/include)
 target_compile_definitions(stable_torch INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
-find_library(ADAPTER_EXT_LIBTORCH_CPU torch_cpu
-  PATHS ${ADAPTER_EXT_TORCH_DIR}/lib NO_DEFAULT_PATH REQUIRED)
-target_link_libraries(stable_torch INTERFACE ${ADAPTER_EXT_LIBTORCH_CPU})
+target_link_libraries(stable_torch INTERFACE ${ADAPTER_EXT_TORCH_DIR}/lib/libtorch_cpu.so)
 # libtorch_cpu.so's own dependencies are found when torch is imported, not when we link.
 target_link_options(stable_torch INTERFACE -Wl,--no-undefined -Wl,--allow-shlib-undefined)

@@ -4,8 +4,8 @@
 //
 // Notation as in docs of the op: h = down n, z = act(h), o = up z; a leading d is a gradient. The
 // norm's row sums need no pass over D: mean(dx̂) = (dh·c1)/D and mean(dx̂ ⊙ x̂) = (dh·(h - c0))/D
-// with c1 = down γ, c0 = down β. The weights' gradients share two sums over rows, M = dhᵀ x̂ and
-// doᵀ z: d_down = γ ⊙ M + (Σ dh) ⊗ β, dγ = Σ_j down ⊙ M, dβ = downᵀ Σ dh.
+// with c1 = down γ, c0 = down β. With dn = dh down: dγ = Σ dn ⊙ x̂, dβ = Σ dn, and
+// d_down = γ ⊙ (dhᵀ x̂) + (Σ dh) ⊗ β.
 
 #include <cstring>
 #include <memory>
@@ -28,14 +28,15 @@ struct RowResults {
 
 // What one adapter's gradients ask for.
 struct Wanted {
-  bool hidden_gradient, down_sum, up_sum, norm;
+  bool hidden_gradient, input_gradient, down_sum, up_sum, norm;
 
   Wanted(const LinearAdapterBackward& p, int64_t adapter, bool pre) {
     const AdapterGradients& g = p.gradients[adapter];
     norm = g.norm_weight || g.norm_bias;
-    down_sum = g.down || (pre && norm);
+    down_sum = g.down != nullptr;
     up_sum = g.up != nullptr;
-    hidden_gradient = p.grad_x || down_sum;
+    input_gradient = p.grad_x || (pre && norm);
+    hidden_gradient = input_gradient || down_sum;
   }
   bool anything() const { return hidden_gradient || up_sum || norm; }
 };
@@ -76,14 +77,12 @@ class RowPass {
         // The post norm's backward needs a whole row before it can start.
         block_columns_(pre_ ? kColumnBlock : width_),
         stride_(padded<C>(block_columns_) + kRowPadding<C>),
-        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {}
-
-  void run(int64_t task, int64_t tasks) {
+        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
     const int64_t up_size = WeightOperand<X>::size(width_, r);
     const int64_t up_transposed_size = WeightOperand<X>::size(r, width_);
     const int64_t tile = block_rows_ * stride_;
-    Scratch scratch(Scratch::bytes<C>(up_size) + Scratch::bytes<C>(up_transposed_size) +
+    Scratch scratch(0, Scratch::bytes<C>(up_size) + Scratch::bytes<C>(up_transposed_size) +
                     2 * Scratch::bytes<C>(width_) + 2 * Scratch::bytes<C>(r) +
                     2 * Scratch::bytes<C>(tile) + Scratch::bytes<C>(block_rows_ * hidden_stride_) +
                     Scratch::bytes<C>(kColumnBlock));
@@ -97,14 +96,21 @@ class RowPass {
     out_ = scratch.take<C>(tile);
     hidden_gradient_ = scratch.take<C>(block_rows_ * hidden_stride_);
     mask_ = scratch.take<C>(kColumnBlock);
-    const Segment* packed = nullptr;
+  }
+
+  // Some blocks of all segments.
+  void run(int64_t task, int64_t tasks) {
     for_each_block(plan_, block_rows_, task, tasks,
                    [&](const Segment& segment, int64_t first, int64_t count) {
-                     if (!Wanted(p_, segment.adapter, pre_).anything()) return;
-                     if (packed != &segment) pack_adapter(segment);
-                     packed = &segment;
                      block(segment, first, count);
                    });
+  }
+
+  // All rows of one segment.
+  void run(const Segment& segment) {
+    for (int64_t first = 0; first < segment.rows; first += block_rows_) {
+      block(segment, first, std::min(block_rows_, segment.rows - first));
+    }
   }
 
  private:
@@ -143,6 +149,9 @@ class RowPass {
   }
 
   void block(const Segment& segment, int64_t first, int64_t count) {
+    if (!Wanted(p_, segment.adapter, pre_).anything()) return;
+    if (packed_segment_ != &segment) pack_adapter(segment);
+    packed_segment_ = &segment;
     const int64_t position = segment.first_position + first;
     C* activated = results_.activated + position * results_.stride;
     activate_rows(segment, first, count, activated);
@@ -258,6 +267,7 @@ class RowPass {
   const Dropout dropout_;
   const bool pre_;
   const int64_t width_, block_rows_, block_columns_, stride_, hidden_stride_;
+  const Segment* packed_segment_ = nullptr;
   AdapterView view_;
   bool wants_hidden_, wants_out_;
   WeightOperand<X> up_, up_transposed_;
@@ -281,11 +291,9 @@ class ColumnPass {
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
-        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {}
-
-  void run(int64_t task, int64_t tasks) {
+        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
-    Scratch scratch(3 * Scratch::bytes<C>(r * kColumns) +
+    Scratch scratch(1, 3 * Scratch::bytes<C>(r * kColumns) +
                     Scratch::bytes<C>(kColumns * hidden_stride_) + Scratch::bytes<C>(r) +
                     4 * Scratch::bytes<C>(kRows * kColumns) + 5 * Scratch::bytes<C>(kColumns));
     packed_down_ = scratch.take<C>(r * kColumns);
@@ -302,8 +310,10 @@ class ColumnPass {
     norm_weight_sum_ = scratch.take<C>(kColumns);
     norm_bias_sum_ = scratch.take<C>(kColumns);
     mask_ = scratch.take<C>(kColumns);
+  }
 
-    // Tiles of all segments, as contiguous ranges of about equal cost.
+  // Some tiles of all segments: a contiguous range, of about equal cost for each task.
+  void run(int64_t task, int64_t tasks) {
     constexpr int64_t tile_cost = 16;  // in rows, of what does not depend on their number
     const int64_t tiles = (width_ + kColumns - 1) / kColumns;
     const int64_t total =
@@ -311,22 +321,26 @@ class ColumnPass {
     int64_t cost = 0;
     for (const Segment& segment : plan_.segments) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        if (cost * tasks / total == task && Wanted(p_, segment.adapter, pre_).anything()) {
-          column_tile(segment, tile * kColumns);
-        }
+        if (cost * tasks / total == task) column_tile(segment, tile * kColumns);
         cost += segment.rows + tile_cost;
       }
     }
   }
 
+  // All columns of one segment.
+  void run(const Segment& segment) {
+    for (int64_t column = 0; column < width_; column += kColumns) column_tile(segment, column);
+  }
+
  private:
   void column_tile(const Segment& segment, int64_t column) {
-    view_ = adapter_view(p_.adapters, segment.adapter);
     const Wanted wanted(p_, segment.adapter, pre_);
+    if (!wanted.anything()) return;
+    view_ = adapter_view(p_.adapters, segment.adapter);
     const OutputGradient<C> of_output(p_, plan_, segment);
     const int64_t r = view_.bottleneck, columns = std::min(kColumns, width_ - column);
     const bool wants_out = !pre_ || of_output.penalized();
-    const bool wants_x = wanted.down_sum || (pre_ && p_.grad_x);
+    const bool wants_x = wanted.down_sum || (pre_ && wanted.input_gradient);
     const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
     const auto shifted = [&](const void* matrix, int64_t elements) {
       const int64_t size = p_.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
@@ -334,7 +348,7 @@ class ColumnPass {
     };
     unpack_vector<X>(p_.weight_type, shifted(view_.norm_weight, column), columns, norm_weight_);
     unpack_vector<X>(p_.weight_type, shifted(view_.norm_bias, column), columns, norm_bias_);
-    if (p_.grad_x) {
+    if (wanted.input_gradient) {
       down_.prepare(p_, shifted(view_.down, column), view_.down_stride, r, columns, false,
                     segment.rows, packed_down_);
     }
@@ -374,10 +388,11 @@ class ColumnPass {
           }
         }
       }
-      if (p_.grad_x) {
+      if (wanted.input_gradient) {
         down_.multiply(count, 0, r, 0, columns, {hidden_gradient, results_.stride, 1}, product_,
                        kColumns, false);
-        store_grad_x(segment, first, count, column, columns);
+        if (pre_ && wanted.norm) add_norm_gradient(count, columns);
+        if (p_.grad_x) store_grad_x(segment, first, count, column, columns);
       }
     }
     const AdapterGradients& gradients = p_.gradients[segment.adapter];
@@ -443,6 +458,20 @@ class ColumnPass {
     }
   }
 
+  // dγ += Σ dn ⊙ x̂ and dβ += Σ dn.
+  void add_norm_gradient(int64_t count, int64_t columns) {
+    for (int64_t i = 0; i < count; ++i) {
+      const C* product = product_ + i * kColumns;
+      const C* normalized = x_ + i * kColumns;
+      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+        const Vector<C> d = load<C>(product + c, extent);
+        store<C>(norm_weight_sum_ + c,
+                 load<C>(norm_weight_sum_ + c) + d * load<C>(normalized + c, extent));
+        store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c) + d);
+      });
+    }
+  }
+
   void store_grad_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
                     int64_t columns) {
     for (int64_t i = 0; i < count; ++i) {
@@ -480,23 +509,13 @@ class ColumnPass {
     for_each_vector<C>(columns, [&](int64_t c, auto extent) {
       const Vector<C> weight = load<C>(norm_weight_ + c, extent);
       const Vector<C> bias = load<C>(norm_bias_ + c, extent);
-      Vector<C> weight_sum = load<C>(norm_weight_sum_ + c, extent);
-      Vector<C> bias_sum = load<C>(norm_bias_sum_ + c, extent);
-      for (int64_t j = 0; j < r; ++j) {
-        if (pre_ && (norm_weight || norm_bias)) {
-          const W* own = static_cast<const W*>(view_.down) + j * view_.down_stride + column + c;
-          const Vector<C> w = load<C>(own, extent);
-          weight_sum += w * load<C>(down_sum_ + j * kColumns + c);
-          bias_sum += w * splat<C>(hidden_sum_[j]);
-        }
-        if (down) {
-          Vector<C> sum = load<C>(down_sum_ + j * kColumns + c);
-          if (pre_) sum = sum * weight + splat<C>(hidden_sum_[j]) * bias;
-          store<C>(down + j * width_ + column + c, sum, extent);
-        }
+      for (int64_t j = 0; down && j < r; ++j) {
+        Vector<C> sum = load<C>(down_sum_ + j * kColumns + c);
+        if (pre_) sum = sum * weight + splat<C>(hidden_sum_[j]) * bias;
+        store<C>(down + j * width_ + column + c, sum, extent);
       }
-      if (norm_weight) store<C>(norm_weight + column + c, weight_sum, extent);
-      if (norm_bias) store<C>(norm_bias + column + c, bias_sum, extent);
+      if (norm_weight) store<C>(norm_weight + column + c, load<C>(norm_weight_sum_ + c), extent);
+      if (norm_bias) store<C>(norm_bias + column + c, load<C>(norm_bias_sum_ + c), extent);
     });
   }
 
@@ -561,12 +580,31 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
   results.activated = activated.get();
   results.sums = sums.get();
 
+
+  const int64_t segments = static_cast<int64_t>(plan.segments.size());
+  int64_t largest = 0;
+  for (const Segment& segment : plan.segments) largest = std::max(largest, segment.rows);
+  if (segments >= 2 * parallel.threads && largest * parallel.threads <= plan.active_rows) {
+    // Many adapters: each task does some of them whole, so that their weights and rows are still in
+    // its cache for the second pass.
+    const int64_t tasks = std::min(parallel.threads, segments);
+    parallel(tasks, [&](int64_t task) {
+      RowPass<X> rows(problem, plan, results);
+      ColumnPass<X> columns(problem, plan, results);
+      for (const Segment& segment : plan.segments) {
+        if (segment.first_position * tasks / plan.active_rows != task) continue;
+        rows.run(segment);
+        columns.run(segment);
+      }
+    });
+    return;
+  }
   const int64_t row_tasks =
       std::min(parallel.threads, (plan.active_rows + kTileRows - 1) / kTileRows);
   parallel(row_tasks,
            [&](int64_t task) { RowPass<X>(problem, plan, results).run(task, row_tasks); });
   const int64_t tiles = (problem.hidden_size + ColumnPass<X>::kColumns - 1) /
-                        ColumnPass<X>::kColumns * static_cast<int64_t>(plan.segments.size());
+                        ColumnPass<X>::kColumns * segments;
   const int64_t column_tasks = std::min(parallel.threads, tiles);
   parallel(column_tasks,
            [&](int64_t task) { ColumnPass<X>(problem, plan, results).run(task, column_tasks); });

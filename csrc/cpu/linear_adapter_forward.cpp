@@ -68,7 +68,7 @@ class Forward {
     const int64_t r = p_.hidden_stride;
     const int64_t down_size = WeightOperand<X>::size(width_, r);
     const int64_t up_size = WeightOperand<X>::size(r, width_);
-    Scratch scratch(Scratch::bytes<C>(down_size) + Scratch::bytes<C>(up_size) +
+    Scratch scratch(0, Scratch::bytes<C>(down_size) + Scratch::bytes<C>(up_size) +
                     2 * Scratch::bytes<C>(width_) + 3 * Scratch::bytes<C>(block_rows_) +
                     Scratch::bytes<C>(block_rows_ * left_stride_) +
                     Scratch::bytes<C>(block_rows_ * hidden_stride_) +

@@ -203,8 +203,11 @@ static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task
   int64_t cost = 0;
   for (const Segment& segment : plan.segments) {
     cost += kPackingRows;
-    // Blocks of equal size, so that none is a lone last row.
-    const int64_t blocks = (segment.rows + rows_in_block - 1) / rows_in_block;
+    // Blocks of equal size, so that none is a lone last row; of few adapters, as many for each task.
+    int64_t blocks = (segment.rows + rows_in_block - 1) / rows_in_block;
+    if (static_cast<int64_t>(plan.segments.size()) < tasks && segment.rows >= tasks * kTileRows) {
+      blocks = (blocks + tasks - 1) / tasks * tasks;
+    }
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * segment.rows / blocks;
       const int64_t count = (block + 1) * segment.rows / blocks - first;

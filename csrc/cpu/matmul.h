@@ -225,13 +225,17 @@ static void multiply_row_transposed(int64_t columns, int64_t k_count, const C* l
                                     const W* weights, int64_t stride, C* out, bool accumulate) {
   constexpr int lanes = kLanes<C>;
   // A whole cache line of each row at a time: rows a power of two apart share a cache set.
-  constexpr int64_t line = 64 / sizeof(W);
+  constexpr int64_t line = 64 / sizeof(W), kPrefetch = 8;
   const auto some_columns = [&]<int vectors>(int64_t column, auto column_extent) {
     for (int64_t block = 0; block < k_count; block += kBlockK) {
       const int64_t end = std::min(block + kBlockK, k_count);
       Vector<C> sum[vectors] = {};
       const auto add_square = [&](int64_t k, int v, auto extent) {
         const W* source = weights + (column + v * lanes) * stride + k;
+        if (k % line == 0) {  // many rows at once are more streams than the hardware prefetches
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) __builtin_prefetch(source + i * stride + kPrefetch * line);
+        }
         Vector<C> square[lanes];
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {

@@ -63,21 +63,25 @@ void Plan::build(const LinearAdapterProblem& problem) {
   }
 }
 
-void* thread_scratch(int64_t bytes) {
+void* thread_scratch(int slot, int64_t bytes) {
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
   };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (bytes > capacity) {
-    memory.reset();
-    capacity = 0;
+  struct Buffer {
+    std::unique_ptr<void, Free> memory;
+    int64_t capacity = 0;
+  };
+  thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[slot];
+  if (bytes > buffer.capacity) {
+    buffer.memory.reset();
+    buffer.capacity = 0;
     const int64_t rounded = (bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(64, static_cast<size_t>(rounded)));
-    if (!memory) throw std::bad_alloc();
-    capacity = rounded;
+    buffer.memory.reset(std::aligned_alloc(64, static_cast<size_t>(rounded)));
+    if (!buffer.memory) throw std::bad_alloc();
+    buffer.capacity = rounded;
   }
-  return memory.get();
+  return buffer.memory.get();
 }
 
 }  // namespace adapter_ext::cpu

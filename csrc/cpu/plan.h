@@ -65,11 +65,11 @@ struct Plan {
   std::vector<int64_t> dropped_;
 };
 
-// A buffer of the calling thread, 64-byte aligned, at least `bytes` long. It is kept for the next
-// call, since fresh memory costs a page fault every 4 KiB. Throws std::bad_alloc.
-void* thread_scratch(int64_t bytes);
+// Two buffers of the calling thread, by slot, 64-byte aligned, at least `bytes` long. They are kept
+// for the next call, since fresh memory costs a page fault every 4 KiB. Throws std::bad_alloc.
+void* thread_scratch(int slot, int64_t bytes);
 
-// Hands out pieces of the thread's scratch.
+// Hands out pieces of a buffer of the thread.
 class Scratch {
  public:
   template <class T>
@@ -77,7 +77,7 @@ class Scratch {
     return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
   }
 
-  explicit Scratch(int64_t total) : next_(static_cast<char*>(thread_scratch(total))) {}
+  Scratch(int slot, int64_t total) : next_(static_cast<char*>(thread_scratch(slot, total))) {}
 
   template <class T>
   T* take(int64_t count) {
