@@ -506,14 +506,18 @@ class ColumnPass {
         store<C>(to + j, load<C>(from + j, extent), extent);
       });
     }
-    for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-      const Vector<C> weight = load<C>(norm_weight_ + c, extent);
-      const Vector<C> bias = load<C>(norm_bias_ + c, extent);
-      for (int64_t j = 0; down && j < r; ++j) {
+    for (int64_t j = 0; down && j < r; ++j) {
+      const Vector<C> hidden_sum = splat<C>(pre_ ? hidden_sum_[j] : C(0));
+      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
         Vector<C> sum = load<C>(down_sum_ + j * kColumns + c);
-        if (pre_) sum = sum * weight + splat<C>(hidden_sum_[j]) * bias;
+        if (pre_) {
+          sum = sum * load<C>(norm_weight_ + c, extent) +
+                hidden_sum * load<C>(norm_bias_ + c, extent);
+        }
         store<C>(down + j * width_ + column + c, sum, extent);
-      }
+      });
+    }
+    for_each_vector<C>(columns, [&](int64_t c, auto extent) {
       if (norm_weight) store<C>(norm_weight + column + c, load<C>(norm_weight_sum_ + c), extent);
       if (norm_bias) store<C>(norm_bias + column + c, load<C>(norm_bias_sum_ + c), extent);
     });
