@@ -198,6 +198,12 @@ def _flatten(weights: AdapterWeights) -> list[Tensor]:
         stacks = [field for field in fields if isinstance(field, Tensor)]
         if len(stacks) != 4:
             raise TypeError("linear_adapter: weights: expected four tensors or four sequences")
+        for name, stack, dims in zip(AdapterWeights._fields, stacks, (2, 2, 3, 3), strict=True):
+            if stack.ndim != dims:
+                raise RuntimeError(
+                    f"linear_adapter: {name}: expected a stack of {dims} dimensions, the first of "
+                    f"them A, or a list of tensors; got shape {tuple(stack.shape)}"
+                )
         return stacks
     if len(norm_weight) == len(norm_bias) == len(down) == len(up):
         return [*norm_weight, *norm_bias, *down, *up]
@@ -227,14 +233,23 @@ def _arguments(
     """Checks options, and gives the arguments that both native ops share."""
     if not isinstance(x, Tensor):
         raise TypeError(f"linear_adapter: x: expected a tensor, got {type(x).__name__}")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"linear_adapter: dropout: expected a value in [0, 1], got {dropout}")
-    if not 0.0 <= stochastic_depth <= 1.0:
-        raise ValueError(
-            f"linear_adapter: stochastic_depth: expected a value in [0, 1], got {stochastic_depth}"
-        )
-    if not 0.0 < eps < math.inf:
-        raise ValueError(f"linear_adapter: eps: expected a finite value above 0, got {eps}")
+    if x.layout is not torch.strided:
+        raise RuntimeError(f"linear_adapter: x: expected a strided tensor, got {x.layout}")
+    try:
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"linear_adapter: dropout: expected a value in [0, 1], got {dropout}")
+        if not 0.0 <= stochastic_depth <= 1.0:
+            raise ValueError(
+                "linear_adapter: stochastic_depth: expected a value in [0, 1], got "
+                f"{stochastic_depth}"
+            )
+        if not 0.0 < eps < math.inf:
+            raise ValueError(f"linear_adapter: eps: expected a finite value above 0, got {eps}")
+    except TypeError:
+        raise TypeError(
+            "linear_adapter: dropout, stochastic_depth and eps: expected numbers, got "
+            + ", ".join(f"{type(v).__name__} {v!r}" for v in (dropout, stochastic_depth, eps))
+        ) from None
     has_l2 = isinstance(l2_lambda, Tensor) or l2_lambda != 0.0
     if not residual and (stochastic_depth > 0.0 or has_l2):
         raise ValueError(
@@ -258,7 +273,17 @@ def _arguments(
     if routing is None:
         order = offsets = None
     else:
+        if not isinstance(routing, Routing):
+            raise TypeError(
+                "linear_adapter: routing: expected what route() returns, got "
+                f"{type(routing).__name__}"
+            )
         ids, order, offsets = routing
+        if order.numel() != ids.numel():
+            raise RuntimeError(
+                "linear_adapter: routing.order: expected as many elements as routing.ids, "
+                f"{ids.numel()}, got {order.numel()}"
+            )
         if ids.ndim >= max(x.ndim, 1) or x.shape[: ids.ndim] != ids.shape:
             raise RuntimeError(
                 "linear_adapter: routing: expected ids of the leading dimensions of x, "
@@ -357,14 +382,18 @@ def _forward_fake(
     )
 
 
-def _check_devices(x: Tensor, *arguments: Sequence[Tensor] | Tensor | None) -> None:
-    for argument in arguments:
-        for tensor in [argument] if isinstance(argument, Tensor) else argument or ():
-            if tensor.device != x.device:
-                raise RuntimeError(
-                    f"linear_adapter: expected all tensors on the device of x, {x.device}, got "
-                    f"one on {tensor.device}"
-                )
+def _check_devices(
+    x: Tensor, weights: list[Tensor], order: Tensor | None, offsets: Tensor | None
+) -> None:
+    """What the native ops check themselves, where another device's fake kernel was called."""
+    count = len(weights) // 4
+    named = {f"{AdapterWeights._fields[i // count]}[{i % count}]": w for i, w in enumerate(weights)}
+    for name, tensor in {**named, "routing.order": order, "routing.offsets": offsets}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(
+                f"linear_adapter: {name}: expected a tensor on the device of x, {x.device}, got "
+                f"one on {tensor.device}"
+            )
 
 
 @torch.library.register_fake("adapter_ext::linear_adapter_backward")
@@ -441,7 +470,7 @@ def _differentiable_gradients(
     stacked = len(weights[0]) == 1 and weights[2][0].ndim == 3
     fields = AdapterWeights(*(field[0] if stacked else field for field in weights))
     options = saved.options
-    num_adapters = len(fields)
+    num_adapters = fields.num_adapters
     y, aux = reference.linear_adapter(
         x,
         fields,

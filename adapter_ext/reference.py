@@ -151,7 +151,7 @@ def linear_adapter(
     hidden_size = x.shape[-1]
     rows = x.reshape(-1, hidden_size)
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    num_adapters = len(weights)
+    num_adapters = weights.num_adapters
     if routing is None:
         samples = x.shape[0] if x.ndim > 1 else 1
         ids = torch.zeros(samples, dtype=torch.int64, device=x.device)

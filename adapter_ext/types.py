@@ -26,7 +26,8 @@ class AdapterWeights(NamedTuple):
     down: Tensor | Sequence[Tensor]
     up: Tensor | Sequence[Tensor]
 
-    def __len__(self) -> int:
+    @property
+    def num_adapters(self) -> int:
         """The number of adapters A."""
         return len(self.down)
 

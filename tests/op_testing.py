@@ -69,7 +69,7 @@ def replace(weights: AdapterWeights, **fields: Tensor | Sequence[Tensor]) -> Ada
 
 def stack(weights: AdapterWeights, hidden_size: int, dtype: torch.dtype) -> AdapterWeights:
     """The same weights, each field one tensor [A, ...]."""
-    if len(weights):
+    if weights.num_adapters:
         return AdapterWeights(*(torch.stack(list(field)) for field in weights))
     shapes = ((hidden_size,), (hidden_size,), (1, hidden_size), (hidden_size, 1))
     return AdapterWeights(*(torch.empty(0, *shape, dtype=dtype) for shape in shapes))

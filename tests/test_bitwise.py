@@ -67,7 +67,7 @@ def rows_alone_and_together(
 ) -> tuple[Tensor, Tensor]:
     """y and dx of a batch."""
     x = x.detach().requires_grad_()
-    routing = adapter_ext.route(ids, len(weights))
+    routing = adapter_ext.route(ids, weights.num_adapters)
     y, _ = adapter_ext.linear_adapter(x, weights, routing, norm_position=norm_position)
     (dx,) = torch.autograd.grad(y, x, dy)
     return y.detach(), dx

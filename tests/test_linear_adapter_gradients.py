@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +34,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 every_norm_position = pytest.mark.parametrize("norm_position", ["pre", "post"])
 every_option_group = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 lists_and_stacked = pytest.mark.parametrize("stacked", [False, True], ids=["lists", "stacked"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(set_num_threads: Callable[[int], None]) -> None:
+    """Thousands of calls of no size: where cores are busy, waking a second thread costs most."""
+    set_num_threads(1)
 
 
 def small_call(

@@ -68,6 +68,16 @@ def test_forward(case: Case) -> None:
 
 
 @every_case
+def test_inference(case: Case) -> None:
+    """The op without anything saved, which runs where no gradient is wanted."""
+    call = case.build().requires_grad_([])
+    arguments = adapter_ext.ops.raw_forward_arguments(
+        call.x, call.weights, call.routing, **call.options
+    )
+    opcheck(torch.ops.adapter_ext.linear_adapter.default, arguments)
+
+
+@every_case
 def test_backward(case: Case) -> None:
     call = case.build()
     recorder = Recorder(torch.ops.adapter_ext.linear_adapter_backward.default)
@@ -110,7 +120,7 @@ def test_compile_with_route() -> None:
 
 
 def _routed(x: Tensor, ids: Tensor, weights: adapter_ext.AdapterWeights) -> Tensor:
-    routing = adapter_ext.route(ids, len(weights))
+    routing = adapter_ext.route(ids, weights.num_adapters)
     return adapter_ext.linear_adapter(x * 2.0, weights, routing)[0].relu()
 
 

@@ -156,7 +156,9 @@ class Forward {
     if (p_.hidden) {
       for (int64_t i = 0; i < count; ++i) {
         const C* from = hidden_ + i * hidden_stride_;
-        std::copy(from, from + r, static_cast<C*>(p_.hidden) + row_[i] * p_.hidden_stride);
+        C* to = static_cast<C*>(p_.hidden) + row_[i] * p_.hidden_stride;
+        std::copy(from, from + r, to);
+        std::fill(to + r, to + p_.hidden_stride, C(0));
       }
     }
     dispatch_activation(p_.activation, [&]<Activation activation>() {
@@ -240,6 +242,15 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
       const int64_t begin = samples[i] * rows_per_sample * width;
       const X* from = static_cast<const X*>(problem.x) + begin;
       std::copy(from, from + rows_per_sample * width, static_cast<X*>(problem.y) + begin);
+      if (!problem.hidden) continue;
+      // Never read, but the same call gives the same bits in all its results.
+      const int64_t row = samples[i] * rows_per_sample;
+      const auto clear = [&](void* saved, int64_t columns) {
+        std::fill_n(static_cast<C*>(saved) + row * columns, rows_per_sample * columns, C(0));
+      };
+      clear(problem.hidden, problem.hidden_stride);
+      clear(problem.mean, 1);
+      clear(problem.rstd, 1);
     }
   }
   std::unique_ptr<C[]> penalties;

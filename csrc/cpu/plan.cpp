@@ -3,16 +3,42 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 #include "common/philox.h"
 
 namespace adapter_ext::cpu {
+namespace {
+
+// A routing may have been made by hand: rows out of range would be memory out of range.
+void check(const RoutingView& routing) {
+  const int64_t* offsets = routing.offsets;
+  bool valid = offsets[0] == 0 && offsets[routing.adapters] <= routing.samples;
+  for (int64_t a = 0; a < routing.adapters; ++a) valid = valid && offsets[a] <= offsets[a + 1];
+  if (!valid) {
+    throw std::runtime_error(
+        "linear_adapter: routing.offsets: expected values that ascend from 0 to at most the number "
+        "of samples, as route() makes them");
+  }
+  std::vector<bool> seen(static_cast<size_t>(routing.samples));
+  for (int64_t i = 0; i < routing.samples; ++i) {
+    const int64_t sample = routing.order[i];
+    if (sample < 0 || sample >= routing.samples || seen[static_cast<size_t>(sample)]) {
+      throw std::runtime_error(
+          "linear_adapter: routing.order: expected every sample once, as route() makes it");
+    }
+    seen[static_cast<size_t>(sample)] = true;
+  }
+}
+
+}  // namespace
 
 Plan::Plan() = default;
 Plan::~Plan() = default;
 
 void Plan::build(const LinearAdapterProblem& problem) {
   const RoutingView& routing = problem.routing;
+  if (routing.order) check(routing);
   const bool drops = problem.stochastic_depth > 0.0;
   const PhiloxKey key = drops ? philox_key(*problem.seed) : PhiloxKey{};
   const uint64_t threshold = drop_threshold(problem.stochastic_depth);
