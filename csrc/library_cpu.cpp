@@ -33,8 +33,7 @@ STABLE_TORCH_LIBRARY(adapter_ext, library) {
   library.def("route(Tensor ids, int num_adapters) -> (Tensor order, Tensor offsets)");
   // Options that a call leaves at the end cost it nothing: each argument that Python passes takes
   // some 0.3 us.
-  const std::string inputs =
-      "Tensor[] weights, Tensor? order=None, Tensor? offsets=None";
+  const std::string inputs = "Tensor[] weights, Tensor? order=None, Tensor? offsets=None";
   const std::string options =
       "int activation=4, int norm_position=0, float eps=1e-5, bool residual=True, "
       "int compute_type=-1, float dropout=0., float stochastic_depth=0., int depth_mode=0, "

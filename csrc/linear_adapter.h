@@ -24,8 +24,7 @@ class LinearAdapterArguments {
                          const std::optional<Tensor>& seed)
       : x_(as_contiguous(x)) {
     p_.data_type = data_type({kOp, "x"}, x);
-    accumulate_type_ =
-        p_.data_type == DataType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    accumulate_type_ = p_.data_type == DataType::kFloat64 ? ScalarType::Double : ScalarType::Float;
     if (x.dim() < 1 || x.size(x.dim() - 1) < 1) {
       fail({kOp, "x"}, "expected shape [..., D] with D >= 1, got ", shape_text(x));
     }
@@ -73,7 +72,9 @@ class LinearAdapterArguments {
   const Tensor& x() const { return x_; }
   ScalarType accumulate_type() const { return accumulate_type_; }
   bool stacked() const { return p_.adapters.list == nullptr; }
-  int64_t bottleneck(int64_t a) const { return stacked() ? p_.hidden_stride : views_[a].bottleneck; }
+  int64_t bottleneck(int64_t a) const {
+    return stacked() ? p_.hidden_stride : views_[a].bottleneck;
+  }
 
  private:
   // `weights` holds norm_weight, norm_bias, down and up, as many tensors of each, in this order.
@@ -170,8 +171,8 @@ class LinearAdapterArguments {
       }
       routing.samples = x_.dim() > 1 ? x_.size(0) : 1;
     } else {
-      for (const auto& [tensor, name] : {std::pair{&*order, "routing.order"},
-                                         std::pair{&*offsets, "routing.offsets"}}) {
+      for (const auto& [tensor, name] :
+           {std::pair{&*order, "routing.order"}, std::pair{&*offsets, "routing.offsets"}}) {
         check_device({kOp, name}, *tensor, x_);
         check_type({kOp, name}, *tensor, {ScalarType::Long});
         check_contiguous({kOp, name}, *tensor);
@@ -235,12 +236,11 @@ std::tuple<Tensor, Tensor> linear_adapter(
     const Tensor& x, const TensorList& weights, const std::optional<Tensor>& order,
     const std::optional<Tensor>& offsets, int64_t activation, int64_t norm_position, double eps,
     bool residual, int64_t compute_type, double dropout, double stochastic_depth,
-    int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
-    const std::optional<Tensor>& seed) {
-  const auto results = run_forward<Backend>(
-      {x, weights, order, offsets, activation, norm_position, eps, residual, compute_type, dropout,
-       stochastic_depth, depth_mode, l2_lambda, seed},
-      false);
+    int64_t depth_mode, const std::optional<Tensor>& l2_lambda, const std::optional<Tensor>& seed) {
+  const auto results =
+      run_forward<Backend>({x, weights, order, offsets, activation, norm_position, eps, residual,
+                            compute_type, dropout, stochastic_depth, depth_mode, l2_lambda, seed},
+                           false);
   return {results.y, results.aux};
 }
 
@@ -249,26 +249,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_adapter_forward(
     const Tensor& x, const TensorList& weights, const std::optional<Tensor>& order,
     const std::optional<Tensor>& offsets, int64_t activation, int64_t norm_position, double eps,
     bool residual, int64_t compute_type, double dropout, double stochastic_depth,
-    int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
-    const std::optional<Tensor>& seed) {
-  const auto results = run_forward<Backend>(
-      {x, weights, order, offsets, activation, norm_position, eps, residual, compute_type, dropout,
-       stochastic_depth, depth_mode, l2_lambda, seed},
-      true);
+    int64_t depth_mode, const std::optional<Tensor>& l2_lambda, const std::optional<Tensor>& seed) {
+  const auto results =
+      run_forward<Backend>({x, weights, order, offsets, activation, norm_position, eps, residual,
+                            compute_type, dropout, stochastic_depth, depth_mode, l2_lambda, seed},
+                           true);
   return {results.y, results.aux, results.hidden, results.mean, results.rstd};
 }
 
 // Returns the gradients that `needed` asks for, in its order: a flag for x, then one for each
 // tensor of `weights`.
 template <class Backend>
-TensorList linear_adapter_backward(
-    const Tensor& grad_y, const std::optional<Tensor>& grad_aux, const Tensor& x,
-    const TensorList& weights, const std::optional<Tensor>& order,
-    const std::optional<Tensor>& offsets, const Tensor& hidden, const Tensor& mean,
-    const Tensor& rstd, const std::vector<int64_t>& needed, int64_t activation,
-    int64_t norm_position, double eps, bool residual, int64_t compute_type, double dropout,
-    double stochastic_depth, int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
-    const std::optional<Tensor>& seed) {
+TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Tensor>& grad_aux,
+                                   const Tensor& x, const TensorList& weights,
+                                   const std::optional<Tensor>& order,
+                                   const std::optional<Tensor>& offsets, const Tensor& hidden,
+                                   const Tensor& mean, const Tensor& rstd,
+                                   const std::vector<int64_t>& needed, int64_t activation,
+                                   int64_t norm_position, double eps, bool residual,
+                                   int64_t compute_type, double dropout, double stochastic_depth,
+                                   int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
+                                   const std::optional<Tensor>& seed) {
   const LinearAdapterArguments arguments(x, weights, order, offsets, activation, norm_position, eps,
                                          residual, compute_type, dropout, stochastic_depth,
                                          depth_mode, l2_lambda, seed);
@@ -315,9 +316,9 @@ TensorList linear_adapter_backward(
   };
   problem.grad_x = result(from, needed[0]);
   std::vector<AdapterGradients> gradients(count);
-  constexpr void* AdapterGradients::* fields[] = {
-      &AdapterGradients::norm_weight, &AdapterGradients::norm_bias, &AdapterGradients::down,
-      &AdapterGradients::up};
+  constexpr void* AdapterGradients::* fields[] = {&AdapterGradients::norm_weight,
+                                                  &AdapterGradients::norm_bias,
+                                                  &AdapterGradients::down, &AdapterGradients::up};
   for (size_t i = 0; i < weights.size(); ++i) {
     gradients[i % count].*fields[i / count] = result(weights[i], needed[1 + i]);
   }

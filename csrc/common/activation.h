@@ -65,8 +65,7 @@ ADAPTER_EXT_HOST_DEVICE V activation_derivative(V h) {
   } else {
     const V square = h * h;
     const V u = Math::splat(kSqrtTwoOverPi) * (h + Math::splat(kGeluCubic) * square * h);
-    const V slope =
-        Math::splat(kSqrtTwoOverPi) * (one + Math::splat(3.0 * kGeluCubic) * square);
+    const V slope = Math::splat(kSqrtTwoOverPi) * (one + Math::splat(3.0 * kGeluCubic) * square);
     const V s = sigmoid<Math>(u + u);
     return s + h * s * (one - s) * (slope + slope);
   }

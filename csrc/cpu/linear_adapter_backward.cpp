@@ -20,10 +20,10 @@ namespace {
 // What the first pass leaves for the second, by active row.
 template <class C>
 struct RowResults {
-  int64_t stride;       // of the two matrices
-  C* hidden_gradient;   // [active rows, stride], dh
-  C* activated;         // [active rows, stride], z
-  C* sums;              // [active rows, 2]: pre: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
+  int64_t stride;      // of the two matrices
+  C* hidden_gradient;  // [active rows, stride], dh
+  C* activated;        // [active rows, stride], z
+  C* sums;             // [active rows, 2]: pre: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
 };
 
 // What one adapter's gradients ask for.
@@ -81,11 +81,12 @@ class RowPass {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
     const int64_t up_size = WeightOperand<X>::size(width_, r);
     const int64_t up_transposed_size = WeightOperand<X>::size(r, width_);
-    const int64_t tile = block_rows_ * stride_;
+    const int64_t tile = kMostBlockRows * stride_;
     Scratch scratch(0, Scratch::bytes<C>(up_size) + Scratch::bytes<C>(up_transposed_size) +
-                    2 * Scratch::bytes<C>(width_) + 2 * Scratch::bytes<C>(r) +
-                    2 * Scratch::bytes<C>(tile) + Scratch::bytes<C>(block_rows_ * hidden_stride_) +
-                    Scratch::bytes<C>(kColumnBlock));
+                           2 * Scratch::bytes<C>(width_) + 2 * Scratch::bytes<C>(r) +
+                           2 * Scratch::bytes<C>(tile) +
+                           Scratch::bytes<C>(kMostBlockRows * hidden_stride_) +
+                           Scratch::bytes<C>(kColumnBlock));
     packed_up_ = scratch.take<C>(up_size);
     packed_up_transposed_ = scratch.take<C>(up_transposed_size);
     norm_weight_ = scratch.take<C>(width_);
@@ -94,7 +95,7 @@ class RowPass {
     down_bias_ = scratch.take<C>(r);
     gradient_ = scratch.take<C>(tile);
     out_ = scratch.take<C>(tile);
-    hidden_gradient_ = scratch.take<C>(block_rows_ * hidden_stride_);
+    hidden_gradient_ = scratch.take<C>(kMostBlockRows * hidden_stride_);
     mask_ = scratch.take<C>(kColumnBlock);
   }
 
@@ -102,14 +103,16 @@ class RowPass {
   void run(int64_t task, int64_t tasks) {
     for_each_block(plan_, block_rows_, task, tasks,
                    [&](const Segment& segment, int64_t first, int64_t count) {
-                     block(segment, first, count);
+                     block(segment, Blocks(plan_, segment, block_rows_, tasks), first, count);
                    });
   }
 
   // All rows of one segment.
   void run(const Segment& segment) {
-    for (int64_t first = 0; first < segment.rows; first += block_rows_) {
-      block(segment, first, std::min(block_rows_, segment.rows - first));
+    const Blocks blocks(plan_, segment, block_rows_, 1);
+    for (int64_t i = 0; i < blocks.count; ++i) {
+      const int64_t first = i * segment.rows / blocks.count;
+      block(segment, blocks, first, (i + 1) * segment.rows / blocks.count - first);
     }
   }
 
@@ -118,7 +121,7 @@ class RowPass {
     return Plan::row(segment, p_.routing.rows_per_sample, i);
   }
 
-  void pack_adapter(const Segment& segment) {
+  void prepare_adapter(const Segment& segment, int64_t rows) {
     view_ = adapter_view(p_.adapters, segment.adapter);
     const int64_t r = view_.bottleneck;
     unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
@@ -126,10 +129,10 @@ class RowPass {
     wants_hidden_ = Wanted(p_, segment.adapter, pre_).hidden_gradient;
     wants_out_ = !pre_ || OutputGradient<C>(p_, plan_, segment).penalized();
     if (wants_hidden_) {
-      up_.prepare(p_, view_.up, view_.up_stride, width_, r, false, segment.rows, packed_up_);
+      up_.prepare(p_, view_.up, view_.up_stride, width_, r, false, rows, packed_up_);
     }
     if (wants_out_) {
-      up_transposed_.prepare(p_, view_.up, view_.up_stride, r, width_, true, segment.rows,
+      up_transposed_.prepare(p_, view_.up, view_.up_stride, r, width_, true, rows,
                              packed_up_transposed_);
     }
     if (pre_ && wants_hidden_) {
@@ -148,10 +151,10 @@ class RowPass {
     }
   }
 
-  void block(const Segment& segment, int64_t first, int64_t count) {
+  void block(const Segment& segment, const Blocks& blocks, int64_t first, int64_t count) {
     if (!Wanted(p_, segment.adapter, pre_).anything()) return;
-    if (packed_segment_ != &segment) pack_adapter(segment);
-    packed_segment_ = &segment;
+    if (prepared_ != &segment) prepare_adapter(segment, blocks.rows_in_task);
+    prepared_ = &segment;
     const int64_t position = segment.first_position + first;
     C* activated = results_.activated + position * results_.stride;
     activate_rows(segment, first, count, activated);
@@ -179,9 +182,8 @@ class RowPass {
       for (int64_t i = 0; i < count; ++i) {
         const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
         C* z = activated + i * results_.stride;
-        transform_row<C>(h, r, z, [](int64_t, auto v, auto) {
-          return activate<activation, VectorMath<C>>(v);
-        });
+        transform_row<C>(
+            h, r, z, [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
         round_operand(p_, z, r);
       }
     });
@@ -227,8 +229,8 @@ class RowPass {
     sums[0] = mean_gradient;
     sums[1] = mean_product;
     transform_row<C>(gradient, columns, gradient, [&](int64_t c, auto d, auto extent) {
-      return splat<C>(rstd) * (d - splat<C>(mean_gradient) -
-                               load<C>(out + c, extent) * splat<C>(mean_product));
+      return splat<C>(rstd) *
+             (d - splat<C>(mean_gradient) - load<C>(out + c, extent) * splat<C>(mean_product));
     });
   }
 
@@ -254,8 +256,7 @@ class RowPass {
                          });
         if (pre_) {
           results_.sums[2 * position] = horizontal_sum<C>(sum) / static_cast<C>(width_);
-          results_.sums[2 * position + 1] =
-              horizontal_sum<C>(product_sum) / static_cast<C>(width_);
+          results_.sums[2 * position + 1] = horizontal_sum<C>(product_sum) / static_cast<C>(width_);
         }
       }
     });
@@ -267,7 +268,7 @@ class RowPass {
   const Dropout dropout_;
   const bool pre_;
   const int64_t width_, block_rows_, block_columns_, stride_, hidden_stride_;
-  const Segment* packed_segment_ = nullptr;
+  const Segment* prepared_ = nullptr;
   AdapterView view_;
   bool wants_hidden_, wants_out_;
   WeightOperand<X> up_, up_transposed_;
@@ -294,8 +295,9 @@ class ColumnPass {
         hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
     Scratch scratch(1, 3 * Scratch::bytes<C>(r * kColumns) +
-                    Scratch::bytes<C>(kColumns * hidden_stride_) + Scratch::bytes<C>(r) +
-                    4 * Scratch::bytes<C>(kRows * kColumns) + 5 * Scratch::bytes<C>(kColumns));
+                           Scratch::bytes<C>(kColumns * hidden_stride_) + Scratch::bytes<C>(r) +
+                           4 * Scratch::bytes<C>(kRows * kColumns) +
+                           5 * Scratch::bytes<C>(kColumns));
     packed_down_ = scratch.take<C>(r * kColumns);
     packed_up_ = scratch.take<C>(r * kColumns);
     down_sum_ = scratch.take<C>(r * kColumns);
@@ -438,23 +440,24 @@ class ColumnPass {
       const C* sums = results_.sums + 2 * (segment.first_position + first + i);
       const Vector<C> mean = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.mean)[at]);
       const Vector<C> rstd = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.rstd)[at]);
-      transform_row<C>(grad_y, columns, gradient_ + i * kColumns,
-                       [&](int64_t c, auto d, auto extent) -> Vector<C> {
-        Vector<C> scale = of_output.scale;
-        if (masked) scale *= load<C>(mask_ + c, extent);
-        if (pre_) {
-          if (penalized) d += of_output.kappa * scale * load<C>(out + c, extent);
-          return d * scale;
-        }
-        const Vector<C> weight = load<C>(norm_weight_ + c, extent);
-        const Vector<C> normalized = (load<C>(out + c, extent) - mean) * rstd;
-        const Vector<C> o = normalized * weight + load<C>(norm_bias_ + c, extent);
-        d = (d + of_output.kappa * scale * o) * scale;
-        store<C>(norm_weight_sum_ + c, load<C>(norm_weight_sum_ + c, extent) + d * normalized,
-                 extent);
-        store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c, extent) + d, extent);
-        return rstd * (d * weight - splat<C>(sums[0]) - normalized * splat<C>(sums[1]));
-      });
+      transform_row<C>(
+          grad_y, columns, gradient_ + i * kColumns,
+          [&](int64_t c, auto d, auto extent) -> Vector<C> {
+            Vector<C> scale = of_output.scale;
+            if (masked) scale *= load<C>(mask_ + c, extent);
+            if (pre_) {
+              if (penalized) d += of_output.kappa * scale * load<C>(out + c, extent);
+              return d * scale;
+            }
+            const Vector<C> weight = load<C>(norm_weight_ + c, extent);
+            const Vector<C> normalized = (load<C>(out + c, extent) - mean) * rstd;
+            const Vector<C> o = normalized * weight + load<C>(norm_bias_ + c, extent);
+            d = (d + of_output.kappa * scale * o) * scale;
+            store<C>(norm_weight_sum_ + c, load<C>(norm_weight_sum_ + c, extent) + d * normalized,
+                     extent);
+            store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c, extent) + d, extent);
+            return rstd * (d * weight - splat<C>(sums[0]) - normalized * splat<C>(sums[1]));
+          });
     }
   }
 
@@ -502,9 +505,8 @@ class ColumnPass {
     for (int64_t c = 0; up && c < columns; ++c) {
       W* to = up + (column + c) * r;
       const C* from = up_sum_ + c * hidden_stride_;
-      for_each_vector<C>(r, [&](int64_t j, auto extent) {
-        store<C>(to + j, load<C>(from + j, extent), extent);
-      });
+      for_each_vector<C>(
+          r, [&](int64_t j, auto extent) { store<C>(to + j, load<C>(from + j, extent), extent); });
     }
     for (int64_t j = 0; down && j < r; ++j) {
       const Vector<C> hidden_sum = splat<C>(pre_ ? hidden_sum_[j] : C(0));
@@ -584,7 +586,6 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
   results.activated = activated.get();
   results.sums = sums.get();
 
-
   const int64_t segments = static_cast<int64_t>(plan.segments.size());
   int64_t largest = 0;
   for (const Segment& segment : plan.segments) largest = std::max(largest, segment.rows);
@@ -607,8 +608,8 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
       std::min(parallel.threads, (plan.active_rows + kTileRows - 1) / kTileRows);
   parallel(row_tasks,
            [&](int64_t task) { RowPass<X>(problem, plan, results).run(task, row_tasks); });
-  const int64_t tiles = (problem.hidden_size + ColumnPass<X>::kColumns - 1) /
-                        ColumnPass<X>::kColumns * segments;
+  const int64_t tiles =
+      (problem.hidden_size + ColumnPass<X>::kColumns - 1) / ColumnPass<X>::kColumns * segments;
   const int64_t column_tasks = std::min(parallel.threads, tiles);
   parallel(column_tasks,
            [&](int64_t task) { ColumnPass<X>(problem, plan, results).run(task, column_tasks); });

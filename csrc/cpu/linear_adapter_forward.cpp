@@ -69,27 +69,31 @@ class Forward {
     const int64_t down_size = WeightOperand<X>::size(width_, r);
     const int64_t up_size = WeightOperand<X>::size(r, width_);
     Scratch scratch(0, Scratch::bytes<C>(down_size) + Scratch::bytes<C>(up_size) +
-                    2 * Scratch::bytes<C>(width_) + 3 * Scratch::bytes<C>(block_rows_) +
-                    Scratch::bytes<C>(block_rows_ * left_stride_) +
-                    Scratch::bytes<C>(block_rows_ * hidden_stride_) +
-                    Scratch::bytes<C>(block_rows_ * out_stride_) +
-                    Scratch::bytes<C>(kColumnBlock) + Scratch::bytes<int64_t>(block_rows_));
+                           2 * Scratch::bytes<C>(width_) + 3 * Scratch::bytes<C>(kMostBlockRows) +
+                           Scratch::bytes<C>(kMostBlockRows * left_stride_) +
+                           Scratch::bytes<C>(kMostBlockRows * hidden_stride_) +
+                           Scratch::bytes<C>(kMostBlockRows * out_stride_) +
+                           Scratch::bytes<C>(kColumnBlock) +
+                           Scratch::bytes<int64_t>(kMostBlockRows));
     packed_down_ = scratch.take<C>(down_size);
     packed_up_ = scratch.take<C>(up_size);
     norm_weight_ = scratch.take<C>(width_);
     norm_bias_ = scratch.take<C>(width_);
-    mean_ = scratch.take<C>(block_rows_);
-    rstd_ = scratch.take<C>(block_rows_);
-    penalty_ = scratch.take<C>(block_rows_);
-    left_ = scratch.take<C>(block_rows_ * left_stride_);
-    hidden_ = scratch.take<C>(block_rows_ * hidden_stride_);
-    out_ = scratch.take<C>(block_rows_ * out_stride_);
+    mean_ = scratch.take<C>(kMostBlockRows);
+    rstd_ = scratch.take<C>(kMostBlockRows);
+    penalty_ = scratch.take<C>(kMostBlockRows);
+    left_ = scratch.take<C>(kMostBlockRows * left_stride_);
+    hidden_ = scratch.take<C>(kMostBlockRows * hidden_stride_);
+    out_ = scratch.take<C>(kMostBlockRows * out_stride_);
     mask_ = scratch.take<C>(kColumnBlock);
-    row_ = scratch.take<int64_t>(block_rows_);
+    row_ = scratch.take<int64_t>(kMostBlockRows);
     const Segment* packed = nullptr;
     for_each_block(plan_, block_rows_, task, tasks,
                    [&](const Segment& segment, int64_t first, int64_t count) {
-                     if (packed != &segment) pack_adapter(segment);
+                     if (packed != &segment) {
+                       const Blocks blocks(plan_, segment, block_rows_, tasks);
+                       prepare_adapter(segment, blocks.rows_in_task);
+                     }
                      packed = &segment;
                      block(segment, first, count);
                    });
@@ -99,13 +103,13 @@ class Forward {
   const X* x(int64_t i) const { return static_cast<const X*>(p_.x) + row_[i] * width_; }
   X* y(int64_t i) const { return static_cast<X*>(p_.y) + row_[i] * width_; }
 
-  void pack_adapter(const Segment& segment) {
+  void prepare_adapter(const Segment& segment, int64_t rows) {
     view_ = adapter_view(p_.adapters, segment.adapter);
     unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
     unpack_vector<X>(p_.weight_type, view_.norm_bias, width_, norm_bias_);
     const int64_t r = view_.bottleneck;
-    down_.prepare(p_, view_.down, view_.down_stride, width_, r, true, segment.rows, packed_down_);
-    up_.prepare(p_, view_.up, view_.up_stride, r, width_, true, segment.rows, packed_up_);
+    down_.prepare(p_, view_.down, view_.down_stride, width_, r, true, rows, packed_down_);
+    up_.prepare(p_, view_.up, view_.up_stride, r, width_, true, rows, packed_up_);
   }
 
   void block(const Segment& segment, int64_t first, int64_t count) {
@@ -164,9 +168,8 @@ class Forward {
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
         C* h = hidden_ + i * hidden_stride_;
-        transform_row<C>(h, r, h, [](int64_t, auto v, auto) {
-          return activate<activation, VectorMath<C>>(v);
-        });
+        transform_row<C>(
+            h, r, h, [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
         round_operand(p_, h, r);
       }
     });
@@ -259,9 +262,8 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
     const int64_t blocks =
         (plan.active_rows + kTileRows - 1) / kTileRows;  // no task for less than a tile
     const int64_t tasks = std::min(parallel.threads, blocks);
-    parallel(tasks, [&](int64_t task) {
-      Forward<X>(problem, plan, penalties.get()).run(task, tasks);
-    });
+    parallel(tasks,
+             [&](int64_t task) { Forward<X>(problem, plan, penalties.get()).run(task, tasks); });
   }
   C* aux = static_cast<C*>(problem.aux);
   std::fill(aux, aux + problem.routing.adapters, C(0));

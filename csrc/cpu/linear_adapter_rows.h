@@ -19,12 +19,31 @@ inline constexpr int64_t kColumnBlock = kBlockK;
 template <class C>
 inline constexpr int64_t kRowPadding = 64 / static_cast<int64_t>(sizeof(C));
 
+inline constexpr int64_t kMostBlockRows = 96;
+
 // Rows of a block: as many as keep x, and scratch of its size, in a second-level cache.
 template <class C>
 ADAPTER_EXT_HOST_DEVICE int64_t block_rows(int64_t hidden_size) {
   const int64_t fitting = (192 << 10) / (hidden_size * static_cast<int64_t>(sizeof(C)));
-  return std::clamp<int64_t>(fitting / kTileRows * kTileRows, 24, 96);
+  return std::clamp<int64_t>(fitting / kTileRows * kTileRows, 24, kMostBlockRows);
 }
+
+// How a segment's rows are cut: into blocks of equal size, so that none is a lone last row. Rows
+// that fit one block for each of the tasks that share the segment make one, since the weights are
+// then read once.
+struct Blocks {
+  int64_t count;
+  int64_t rows_in_task;  // of this segment, for one task
+
+  Blocks(const Plan& plan, const Segment& segment, int64_t rows_in_block, int64_t tasks) {
+    const bool few_segments = static_cast<int64_t>(plan.segments.size()) < tasks;
+    const int64_t shares = few_segments && segment.rows >= tasks * kTileRows ? tasks : 1;
+    rows_in_task = (segment.rows + shares - 1) / shares;
+    const int64_t in_share =
+        rows_in_task <= kMostBlockRows ? 1 : (rows_in_task + rows_in_block - 1) / rows_in_block;
+    count = shares * in_share;
+  }
+};
 
 inline AdapterView adapter_view(const AdapterTable& table, int64_t a) {
   if (table.list) return table.list[a];
@@ -89,7 +108,8 @@ static void unpack_vector(DataType type, const void* from, int64_t count, Accumu
   });
 }
 
-// A weight matrix as the right operand of products: packed, or, for a single row, as it is stored.
+// A weight matrix as the right operand of products. For many rows it is packed whole, for rows of
+// one block piece by piece as the product needs it, for a single row it is read as it is stored.
 template <class X>
 class WeightOperand {
   using C = Accumulate<X>;
@@ -98,52 +118,78 @@ class WeightOperand {
   // Elements of the memory that a packed matrix takes.
   static int64_t size(int64_t k_count, int64_t columns) { return k_count * padded<C>(columns); }
 
-  // `weights` is [k, columns], or [columns, k] where transposed, its rows `stride` apart. `memory`
-  // has room for size(); `rows` are those that will be multiplied with it in all.
+  // `weights` is [k, columns], or [columns, k] where transposed, its rows `stride` apart. `rows`
+  // are those that this task will multiply with it, in blocks; `memory` has room for size().
   void prepare(const LinearAdapterProblem& problem, const void* weights, int64_t stride,
                int64_t k_count, int64_t columns, bool transposed, int64_t rows, C* memory) {
+    problem_ = &problem;
     weights_ = weights;
-    type_ = problem.weight_type;
     stride_ = stride;
     k_count_ = k_count;
     transposed_ = transposed;
-    packed_ = nullptr;
-    if (rows == 1 && problem.operand_type == problem.data_type) return;
-    packed_ = memory;
-    with_weights<X>(type_, weights, [&](const auto* from) {
-      transposed ? pack_transposed<C>(from, stride, k_count, columns, memory)
-                 : pack_same_order<C>(from, stride, k_count, columns, memory);
-    });
-    round_operand(problem, memory, size(k_count, columns));
+    memory_ = memory;
+    const bool rounded = problem.operand_type != problem.data_type;
+    mode_ = rows == 1 && !rounded ? kStored : rows <= kMostBlockRows ? kPieces : kWhole;
+    if (mode_ == kWhole) pack(0, k_count, 0, columns);
   }
 
   // out [rows, columns] (+)= left [rows, k_count] times the part of the matrix that starts at row
-  // first_k and column first_column (a multiple of the panel width).
+  // first_k and column first_column (multiples of kBlockK and of the panel width).
   void multiply(int64_t rows, int64_t first_k, int64_t k_count, int64_t first_column,
                 int64_t columns, LeftOperand<C> left, C* out, int64_t out_row,
                 bool accumulate) const {
-    if (packed_) {
+    if (mode_ == kWhole) {
       const int64_t panel_stride = k_count_ * kPanel<C>;
-      const C* part = packed_ + first_column / kPanel<C> * panel_stride + first_k * kPanel<C>;
+      const C* part = memory_ + first_column / kPanel<C> * panel_stride + first_k * kPanel<C>;
       return cpu::multiply<C>(rows, columns, k_count, left, {part, panel_stride, kPanel<C>}, out,
                               out_row, accumulate);
     }
-    with_weights<X>(type_, weights_, [&](const auto* from) {
-      const auto* part = transposed_ ? from + first_column * stride_ + first_k
-                                     : from + first_k * stride_ + first_column;
-      transposed_ ? multiply_row_transposed<C>(columns, k_count, left.data, part, stride_, out,
-                                               accumulate)
-                  : multiply_row_same_order<C>(columns, k_count, left.data, part, stride_, out,
-                                               accumulate);
-    });
+    if (mode_ == kStored) {
+      with_weights<X>(problem_->weight_type, weights_, [&](const auto* from) {
+        const auto* part = from + offset(first_k, first_column);
+        transposed_ ? multiply_row_transposed<C>(columns, k_count, left.data, part, stride_, out,
+                                                 accumulate)
+                    : multiply_row_same_order<C>(columns, k_count, left.data, part, stride_, out,
+                                                 accumulate);
+      });
+      return;
+    }
+    // Pieces follow the rows of the matrix as it is stored, which is how memory likes to be read.
+    const int64_t width = transposed_ ? kPanel<C> : columns;
+    for (int64_t column = 0; column < columns; column += width) {
+      const int64_t part = std::min(width, columns - column);
+      for (int64_t k = 0; k < k_count; k += kBlockK) {
+        const int64_t block = std::min(kBlockK, k_count - k);
+        pack(first_k + k, block, first_column + column, part);
+        cpu::multiply<C>(
+            rows, part, block, {left.data + k * left.k_stride, left.row_stride, left.k_stride},
+            {memory_, block * kPanel<C>, kPanel<C>}, out + column, out_row, accumulate || k > 0);
+      }
+    }
   }
 
  private:
+  enum Mode { kStored, kPieces, kWhole };
+
+  int64_t offset(int64_t k, int64_t column) const {
+    return transposed_ ? column * stride_ + k : k * stride_ + column;
+  }
+
+  void pack(int64_t first_k, int64_t k_count, int64_t first_column, int64_t columns) const {
+    with_weights<X>(problem_->weight_type, weights_, [&](const auto* from) {
+      const auto* part = from + offset(first_k, first_column);
+      transposed_ ? pack_transposed<C>(part, stride_, k_count, columns, memory_)
+                  : pack_same_order<C>(part, stride_, k_count, columns, memory_);
+    });
+    round_operand(*problem_, memory_, size(k_count, columns));
+  }
+
+  const LinearAdapterProblem* problem_;
   const void* weights_;
-  DataType type_;
   int64_t stride_, k_count_;
   bool transposed_;
-  const C* packed_;
+  Mode mode_;
+  C* memory_;
 };
 
 // Dropout of the output: 0 or 1 / keep probability for each element.
@@ -202,18 +248,14 @@ static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task
       plan.active_rows + kPackingRows * static_cast<int64_t>(plan.segments.size());
   int64_t cost = 0;
   for (const Segment& segment : plan.segments) {
-    cost += kPackingRows;
-    // Blocks of equal size, so that none is a lone last row; of few adapters, as many for each task.
-    int64_t blocks = (segment.rows + rows_in_block - 1) / rows_in_block;
-    if (static_cast<int64_t>(plan.segments.size()) < tasks && segment.rows >= tasks * kTileRows) {
-      blocks = (blocks + tasks - 1) / tasks * tasks;
-    }
+    const int64_t blocks = Blocks(plan, segment, rows_in_block, tasks).count;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * segment.rows / blocks;
       const int64_t count = (block + 1) * segment.rows / blocks - first;
-      if ((cost * tasks) / total == task) body(segment, first, count);
+      if (cost * tasks / total == task) body(segment, first, count);
       cost += count;
     }
+    cost += kPackingRows;
   }
 }
 

@@ -90,8 +90,9 @@ ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, co
   }
 }
 
-// out [rows, columns] (+)= left [rows, k] right [k, columns]. The rows of `out` are out_row elements
-// apart and padded to whole panels; the padding gets the product with the padding of `right`.
+// out [rows, columns] (+)= left [rows, k] right [k, columns]. The rows of `out` are out_row
+// elements apart and padded to whole panels; the padding gets the product with the padding of
+// `right`.
 template <class C>
 static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<C> left,
                      RightOperand<C> right, C* out, int64_t out_row, bool accumulate) {
@@ -119,25 +120,31 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand
 
 // ---- Packing of a weight matrix, stored as W, into a right operand of panels [k][kPanel].
 
+// Packs [k, columns], rows `stride` apart.
 template <class C, class W>
-static void pack_same_order(const W* from, int64_t stride, int64_t k_count, int64_t columns, C* to) {
-  for (int64_t column = 0; column < columns; column += kPanel<C>) {
-    const int64_t count = std::min(kPanel<C>, columns - column);
-    for (int64_t k = 0; k < k_count; ++k, to += kPanel<C>) {
-      const W* source = from + k * stride + column;
+static void pack_same_order(const W* from, int64_t stride, int64_t k_count, int64_t columns,
+                            C* to) {
+  const int64_t panel_size = k_count * kPanel<C>;
+  for (int64_t k = 0; k < k_count; ++k) {
+    const W* source = from + k * stride;
+    C* panel = to + k * kPanel<C>;
+    int64_t column = 0;
+    for (; column + kPanel<C> <= columns; column += kPanel<C>, panel += panel_size) {
+#pragma GCC unroll 4
       for (int v = 0; v < kPanelVectors; ++v) {
-        const int64_t left = count - v * kLanes<C>;
-        const W* part = source + v * kLanes<C>;
-        store<C>(to + v * kLanes<C>, left >= kLanes<C> ? load<C>(part)
-                                     : left > 0        ? load<C>(part, PartialVector{left})
-                                                       : Vector<C>{});
+        store<C>(panel + v * kLanes<C>, load<C>(source + column + v * kLanes<C>));
       }
+    }
+    for (int64_t lane = 0; column < columns && lane < kPanel<C>; lane += kLanes<C>) {
+      const int64_t left = std::min<int64_t>(columns - column - lane, kLanes<C>);
+      store<C>(panel + lane,
+               left > 0 ? load<C>(source + column + lane, PartialVector{left}) : Vector<C>{});
     }
   }
 }
 
-// Interleaves blocks of `block` lanes of the low or the high halves of a and b, within each group of
-// `span` lanes: (a0 b0 a1 b1 ...).
+// Interleaves blocks of `block` lanes of the low or the high halves of a and b, within each group
+// of `span` lanes: (a0 b0 a1 b1 ...).
 template <class C, bool high, int block, int span, int... lane>
 ADAPTER_EXT_HOST_DEVICE Vector<C> interleave(Vector<C> a, Vector<C> b,
                                              std::integer_sequence<int, lane...>) {
@@ -187,7 +194,8 @@ ADAPTER_EXT_HOST_DEVICE void transpose(Vector<C> (&v)[kLanes<C>]) {
 
 // Packs the transpose: from [columns, k], rows `stride` apart.
 template <class C, class W>
-static void pack_transposed(const W* from, int64_t stride, int64_t k_count, int64_t columns, C* to) {
+static void pack_transposed(const W* from, int64_t stride, int64_t k_count, int64_t columns,
+                            C* to) {
   constexpr int lanes = kLanes<C>;
   for (int64_t column = 0; column < columns; column += kPanel<C>, to += k_count * kPanel<C>) {
     for (int64_t part = 0; part < kPanel<C>; part += lanes) {
@@ -234,7 +242,8 @@ static void multiply_row_transposed(int64_t columns, int64_t k_count, const C* l
         const W* source = weights + (column + v * lanes) * stride + k;
         if (k % line == 0) {  // many rows at once are more streams than the hardware prefetches
 #pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i) __builtin_prefetch(source + i * stride + kPrefetch * line);
+          for (int i = 0; i < lanes; ++i)
+            __builtin_prefetch(source + i * stride + kPrefetch * line);
         }
         Vector<C> square[lanes];
 #pragma GCC unroll 16
@@ -295,8 +304,8 @@ static void multiply_row_same_order(int64_t columns, int64_t k_count, const C* l
       for (int64_t k = block; k < end; ++k) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          sum[v] += splat<C>(left[k]) *
-                    load<C>(weights + k * stride + column + v * kLanes<C>, extent);
+          sum[v] +=
+              splat<C>(left[k]) * load<C>(weights + k * stride + column + v * kLanes<C>, extent);
         }
       }
 #pragma GCC unroll 4

@@ -43,8 +43,7 @@ void Plan::build(const LinearAdapterProblem& problem) {
   const PhiloxKey key = drops ? philox_key(*problem.seed) : PhiloxKey{};
   const uint64_t threshold = drop_threshold(problem.stochastic_depth);
   if (drops) {
-    depth_scale =
-        problem.stochastic_depth < 1.0 ? 1.0 / (1.0 - problem.stochastic_depth) : 0.0;
+    depth_scale = problem.stochastic_depth < 1.0 ? 1.0 / (1.0 - problem.stochastic_depth) : 0.0;
     if (problem.depth_mode == DepthMode::kSample) {
       kept_.reserve(routing.samples);  // reserved, so that pointers into them stay valid
       dropped_.reserve(routing.samples);

@@ -239,16 +239,16 @@ struct VectorMath {
     constexpr double inverse_sqrt_2 = 0.70710678118654752440;
     constexpr double inverse_sqrt_2pi = 0.39894228040143267794;
     if constexpr (std::is_same_v<C, double>) {
-      return {lanewise(x, [](double v) { return 0.5 * std::erfc(-v * 0.70710678118654752440); }),
-              lanewise(x,
-                       [](double v) { return std::exp(-0.5 * v * v) * 0.39894228040143267794; })};
+      return {
+          lanewise(x, [](double v) { return 0.5 * std::erfc(-v * 0.70710678118654752440); }),
+          lanewise(x, [](double v) { return std::exp(-0.5 * v * v) * 0.39894228040143267794; })};
     } else {
       const V z = select(x < splat(0.0), -x, x) * splat(inverse_sqrt_2);
       const V s = splat(1.0) / (splat(1.0) + splat(0.4) * z);
-      constexpr double p[] = {0.22568880896739027,  0.22536863246256492, 0.21075927198603525,
-                              0.1534115233284193,   0.18634105363849499, -0.07927014024020947,
-                              0.21782306869161833,  -0.14686872031480852, -0.04135443426532914,
-                              0.06421887829055131,  -0.01611794351717653};
+      constexpr double p[] = {0.22568880896739027, 0.22536863246256492,  0.21075927198603525,
+                              0.1534115233284193,  0.18634105363849499,  -0.07927014024020947,
+                              0.21782306869161833, -0.14686872031480852, -0.04135443426532914,
+                              0.06421887829055131, -0.01611794351717653};
       V polynomial = splat(p[10]);
       for (int i = 9; i >= 0; --i) polynomial = polynomial * s + splat(p[i]);
       const V density = exp(splat(-0.5) * x * x);

@@ -1,0 +1,10 @@
+"""Facts of the build of adapter_ext, and hooks for tests and benchmarks."""
+
+version: str
+torch_version: str
+compiler: str
+build_type: str
+
+def compiled_cpu_capabilities() -> list[str]: ...
+def cpu_capability() -> str: ...
+def fma_loop(iterations: int) -> float: ...

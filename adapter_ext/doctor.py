@@ -1,0 +1,45 @@
+"""What a bug report needs to say about the build, the libraries and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from adapter_ext import _C, _library
+
+
+def report() -> dict[str, str]:
+    """The facts, by their titles."""
+    level = _C.cpu_capability()
+    forced = os.environ.get("ADAPTER_EXT_CPU_CAPABILITY")
+    loaded = str(_library.CPU_LIBRARY) in torch.ops.loaded_libraries
+    return {
+        "adapter_ext": _C.version,
+        "build type": _C.build_type,
+        "compiler": _C.compiler,
+        "torch built against": _C.torch_version,
+        "torch running": torch.__version__,
+        "torch's CUDA": torch.version.cuda or "none: a CPU build of torch",
+        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        "machine": f"{platform.platform()}, {platform.machine()}",
+        "CPU": cpu_model(),
+        "CPU levels compiled": ", ".join(_C.compiled_cpu_capabilities()),
+        "CPU level in use": f"{level}, forced by ADAPTER_EXT_CPU_CAPABILITY" if forced else level,
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
+        "CPU library": f"{_library.CPU_LIBRARY}, {'loaded' if loaded else 'not loaded'}",
+        "CUDA library": "not built: this version of adapter_ext has no CUDA kernels yet",
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or "unknown"
