@@ -29,7 +29,7 @@ def _folder() -> Path:
 def _load() -> Path:
     library = _folder() / _NAME
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         from adapter_ext import _C
 
         _C.cpu_capability()
@@ -40,8 +40,8 @@ def _load() -> Path:
             f"  library: {library} ({'there' if library.exists() else 'missing'})\n"
             f"  built: {built.read_text().strip() if built.exists() else 'never, as it seems'}\n"
             f"  running: torch {torch.__version__} (2.10 or later is needed)\n"
-            "  what to do: `pip install --force-reinstall --no-deps .` in the source folder, in the "
-            "environment that runs it"
+            "  what to do: `pip install --force-reinstall --no-deps .` in the source folder, in "
+            "the environment that runs it"
         ) from error
     return library
 

@@ -168,7 +168,7 @@ def linear_adapter(
         y, aux, _, _, _ = _forward(*arguments)
     else:
         x, flat, *rest = arguments
-        y, aux = _LinearAdapter.apply(rest, x, *flat)
+        y, aux = _LinearAdapter.apply(rest, x, *flat)  # type: ignore[no-untyped-call]
     return y, aux
 
 
@@ -186,7 +186,7 @@ def raw_forward_arguments(
     Returns:
         The arguments, without those at the end that have their default value.
     """
-    defaults = linear_adapter.__kwdefaults__
+    defaults = linear_adapter.__kwdefaults__ or {}
     return _arguments(x, weights, routing, *{**defaults, **options}.values())
 
 
@@ -344,13 +344,14 @@ def _accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("adapter_ext::route")
+@torch.library.register_fake("adapter_ext::route")  # type: ignore[untyped-decorator]
 def _route_fake(ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor]:
-    torch._check(ids.dtype == torch.int64, lambda: f"route: ids: expected int64, got {ids.dtype}")
+    if ids.dtype != torch.int64:
+        raise RuntimeError(f"route: ids: expected dtype int64, got {ids.dtype}")
     return ids.new_empty(ids.numel()), ids.new_empty(num_adapters + 1)
 
 
-@torch.library.register_fake("adapter_ext::linear_adapter")
+@torch.library.register_fake("adapter_ext::linear_adapter")  # type: ignore[untyped-decorator]
 def _inference_fake(
     x: Tensor,
     weights: list[Tensor],
@@ -362,7 +363,7 @@ def _inference_fake(
     return x.new_empty(x.shape), x.new_empty(_num_adapters(weights), dtype=_accumulate_dtype(x))
 
 
-@torch.library.register_fake("adapter_ext::linear_adapter_forward")
+@torch.library.register_fake("adapter_ext::linear_adapter_forward")  # type: ignore[untyped-decorator]
 def _forward_fake(
     x: Tensor,
     weights: list[Tensor],
@@ -396,7 +397,7 @@ def _check_devices(
             )
 
 
-@torch.library.register_fake("adapter_ext::linear_adapter_backward")
+@torch.library.register_fake("adapter_ext::linear_adapter_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(
     grad_y: Tensor,
     grad_aux: Tensor | None,

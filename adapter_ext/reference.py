@@ -48,7 +48,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     Returns:
         Four int64 tensors of that shape, each uniform in [0, 2^32).
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     k0, k1 = seed.reshape(()) & _WORD, (seed.reshape(()) >> 32) & _WORD
     for _ in range(10):
         # The products wrap modulo 2^64, of which all bits are wanted.

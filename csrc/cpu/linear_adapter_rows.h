@@ -252,7 +252,7 @@ static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * segment.rows / blocks;
       const int64_t count = (block + 1) * segment.rows / blocks - first;
-      if (cost * tasks / total == task) body(segment, first, count);
+      if ((2 * cost + count) * tasks / (2 * total) == task) body(segment, first, count);
       cost += count;
     }
     cost += kPackingRows;
