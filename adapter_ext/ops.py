@@ -165,7 +165,7 @@ def linear_adapter(
     if not torch.is_grad_enabled():
         y, aux = _inference(*arguments)
     elif torch.compiler.is_compiling():
-        y, aux, _, _, _ = _forward(*arguments)
+        y, aux, _ = _forward(*arguments)
     else:
         x, flat, *rest = arguments
         y, aux = _LinearAdapter.apply(rest, x, *flat)  # type: ignore[no-untyped-call]
@@ -371,15 +371,12 @@ def _forward_fake(
     offsets: Tensor | None = None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    dtype = _accumulate_dtype(x)
     rows = math.prod(x.shape[:-1])
     down = weights[len(weights) // 2 : len(weights) * 3 // 4]
     bottleneck = max((weight.shape[-2] for weight in down), default=0)
     return (
         *_inference_fake(x, weights, order, offsets),
-        x.new_empty((rows, bottleneck), dtype=dtype),
-        x.new_empty(rows, dtype=dtype),
-        x.new_empty(rows, dtype=dtype),
+        x.new_empty(rows * (bottleneck + 2), dtype=_accumulate_dtype(x)),
     )
 
 
@@ -405,52 +402,36 @@ def _backward_fake(
     weights: list[Tensor],
     order: Tensor | None,
     offsets: Tensor | None,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    saved: Tensor,
     needed: list[int],
     *options: Any,
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, flag in zip([x, *weights], needed, strict=True) if flag]
 
 
-class _Saved(NamedTuple):
-    """What the forward leaves for the backward; the tensors travel apart from the rest."""
+class _Call(NamedTuple):
+    """What the backward needs of a call of the forward."""
 
     x: Tensor
-    weights: list[Tensor]  # norm_weight, norm_bias, down, up, one after the other
-    order: Tensor | None
-    offsets: Tensor | None
-    hidden: Tensor
-    mean: Tensor
-    rstd: Tensor
-    options: _Options
+    weights: list[Tensor]  # flat
+    rest: list[Any]  # order, offsets and as many options as were passed
+    saved: Tensor
 
 
 def _gradients(
-    saved: _Saved, grad_y: Tensor | None, grad_aux: Tensor | None, needed: Sequence[bool]
+    call: _Call, grad_y: Tensor | None, grad_aux: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of x and the weights, None where not needed."""
     if grad_y is None:
-        grad_y = torch.zeros_like(saved.x)
+        grad_y = torch.zeros_like(call.x)
     flags = [int(flag) for flag in needed]
     if torch.is_grad_enabled():  # the backward itself is to be differentiated
-        results = _differentiable_gradients(saved, grad_y, grad_aux, flags)
+        results = _differentiable_gradients(call, grad_y, grad_aux, flags)
     else:
-        with torch._C._AutoDispatchBelowAutograd():
-            results = _backward(
-                grad_y,
-                grad_aux,
-                saved.x,
-                saved.weights,
-                saved.order,
-                saved.offsets,
-                saved.hidden,
-                saved.mean,
-                saved.rstd,
-                flags,
-                *saved.options,
-            )
+        x, weights, (order, offsets, *options), saved = call
+        results = _backward(grad_y, grad_aux, x, weights, order, offsets, saved, flags, *options)
+    if len(results) == len(flags):
+        return results
     remaining = iter(results)
     return [next(remaining) if flag else None for flag in flags]
 
@@ -462,20 +443,20 @@ def _split(flat: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _differentiable_gradients(
-    saved: _Saved, grad_y: Tensor, grad_aux: Tensor | None, flags: list[int]
+    call: _Call, grad_y: Tensor, grad_aux: Tensor | None, flags: list[int]
 ) -> list[Tensor]:
     """The same through the reference, which autograd can differentiate again."""
     # Aliases, so that a tensor that is passed twice has a gradient of its own for each.
-    inputs = [t.view_as(t) for t in (saved.x, *saved.weights)]
+    inputs = [t.view_as(t) for t in (call.x, *call.weights)]
     x, weights = inputs[0], _split(inputs[1:])
     stacked = len(weights[0]) == 1 and weights[2][0].ndim == 3
     fields = AdapterWeights(*(field[0] if stacked else field for field in weights))
-    options = saved.options
-    num_adapters = fields.num_adapters
+    order, offsets, *rest = call.rest
+    options = _Options(*rest)
     y, aux = reference.linear_adapter(
         x,
         fields,
-        _routing_from(saved, num_adapters),
+        _routing_from(order, offsets),
         activation=next(k for k, v in _ACTIVATIONS.items() if v == options.activation),
         norm_position=next(k for k, v in _NORM_POSITIONS.items() if v == options.norm_position),
         eps=options.eps,
@@ -499,14 +480,14 @@ def _differentiable_gradients(
     )
 
 
-def _routing_from(saved: _Saved, num_adapters: int) -> Routing | None:
-    if saved.order is None or saved.offsets is None:
+def _routing_from(order: Tensor | None, offsets: Tensor | None) -> Routing | None:
+    if order is None or offsets is None:
         return None
-    counts = saved.offsets.diff()
-    ids = torch.full_like(saved.order, -1)
-    adapters = torch.arange(num_adapters, device=ids.device).repeat_interleave(counts)
-    ids[saved.order[: adapters.numel()]] = adapters
-    return Routing(ids, saved.order, saved.offsets)
+    adapters = torch.arange(offsets.numel() - 1, device=order.device)
+    ids = torch.full_like(order, -1)
+    routed = adapters.repeat_interleave(offsets.diff())
+    ids[order[: routed.numel()]] = routed
+    return Routing(ids, order, offsets)
 
 
 class _LinearAdapter(torch.autograd.Function):
@@ -517,35 +498,34 @@ class _LinearAdapter(torch.autograd.Function):
         if True not in ctx.needs_input_grad:
             return _inference(x, list(weights), *rest)
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = _forward(x, list(weights), *rest)
-        return _save(ctx, (x, weights, *rest), outputs)
+            y, aux, saved = _forward(x, list(weights), *rest)
+        _save(ctx, _Call(x, list(weights), rest, saved))
+        return y, aux
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return None, *_gradients(_saved(ctx), grads[0], grads[1], ctx.needs_input_grad[1:])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Any:
-    """Keeps for the backward what it needs; returns y and aux."""
-    x, weights, order, offsets, *rest = inputs
-    y, aux, hidden, mean, rstd = output
-    options = _Options(*rest)
-    ctx.options = options._replace(l2_lambda=None, seed=None)
-    ctx.save_for_backward(
-        x, order, offsets, hidden, mean, rstd, options.l2_lambda, options.seed, *weights
-    )
+def _save(ctx: Any, call: _Call) -> None:
+    x, weights, rest, saved = call
+    ctx.tensor_positions = [i for i, value in enumerate(rest) if isinstance(value, Tensor)]
+    ctx.rest = [None if isinstance(value, Tensor) else value for value in rest]
+    ctx.save_for_backward(x, saved, *weights, *(rest[i] for i in ctx.tensor_positions))
     ctx.set_materialize_grads(False)
-    return y, aux
 
 
-def _saved(ctx: Any) -> _Saved:
-    x, order, offsets, hidden, mean, rstd, l2_lambda, seed, *weights = ctx.saved_tensors
-    options = ctx.options._replace(l2_lambda=l2_lambda, seed=seed)
-    return _Saved(x, weights, order, offsets, hidden, mean, rstd, options)
+def _saved(ctx: Any) -> _Call:
+    x, saved, *tensors = ctx.saved_tensors
+    rest = list(ctx.rest)
+    for i in reversed(ctx.tensor_positions):
+        rest[i] = tensors.pop()
+    return _Call(x, tensors, rest, saved)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output)
+    x, weights, *rest = inputs
+    _save(ctx, _Call(x, weights, rest, output[2]))
 
 
 def _registered_backward(ctx: Any, *grads: Tensor | None) -> Any:

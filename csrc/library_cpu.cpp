@@ -42,11 +42,11 @@ STABLE_TORCH_LIBRARY(adapter_ext, library) {
       ("linear_adapter(Tensor x, " + inputs + ", " + options + ") -> (Tensor y, Tensor aux)")
           .c_str());
   library.def(("linear_adapter_forward(Tensor x, " + inputs + ", " + options +
-               ") -> (Tensor y, Tensor aux, Tensor hidden, Tensor mean, Tensor rstd)")
+               ") -> (Tensor y, Tensor aux, Tensor saved)")
                   .c_str());
   library.def(
       ("linear_adapter_backward(Tensor grad_y, Tensor? grad_aux, Tensor x, Tensor[] weights, "
-       "Tensor? order, Tensor? offsets, Tensor hidden, Tensor mean, Tensor rstd, int[] needed, " +
+       "Tensor? order, Tensor? offsets, Tensor saved, int[] needed, " +
        options + ") -> Tensor[]")
           .c_str());
 }

@@ -283,7 +283,7 @@ class ColumnPass {
  public:
   // A tile's sums over rows stay in a second-level cache; a multiple of every panel width.
   static constexpr int64_t kColumns = 64;
-  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kRows = 128;
 
   ColumnPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results)
       : p_(problem),

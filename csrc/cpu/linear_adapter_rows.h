@@ -25,7 +25,7 @@ inline constexpr int64_t kMostBlockRows = 96;
 template <class C>
 ADAPTER_EXT_HOST_DEVICE int64_t block_rows(int64_t hidden_size) {
   const int64_t fitting = (192 << 10) / (hidden_size * static_cast<int64_t>(sizeof(C)));
-  return std::clamp<int64_t>(fitting / kTileRows * kTileRows, 24, kMostBlockRows);
+  return std::clamp<int64_t>(fitting / kTileRows * kTileRows, 48, kMostBlockRows);
 }
 
 // How a segment's rows are cut: into blocks of equal size, so that none is a lone last row. Rows
