@@ -147,12 +147,12 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
         return ops.linear_adapter(
             x,
             fused.weights,
-            activation=fused.activation,
-            norm_position=fused.norm_position,
-            eps=fused.eps,
-            dropout=fused.dropout,
+            activation=fused.settings.activation,
+            norm_position=fused.settings.norm_position,
+            eps=fused.settings.eps,
+            dropout=fused.settings.dropout,
             residual=False,
-            training=fused.dropout > 0.0,
+            training=fused.settings.dropout > 0.0,
             compute_dtype=autocast_dtype(x),
         )[0]
 
@@ -163,21 +163,23 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
             None if the adapter must be called: its ``forward`` is overridden or replaced, a hook is
             registered on it or on one of its layers, or a layer is not a stock one.
         """
+        own = self.__dict__
         if (
             type(self).forward is not _STOCK_FORWARD
-            or "forward" in self.__dict__
-            or self._forward_hooks
-            or self._forward_pre_hooks
-            or self._backward_hooks
-            or self._backward_pre_hooks
+            or "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
         ):
             return None
         return self._fused_layers()
 
     def _fused_layers(self) -> FusedCall | None:
-        modules = self._modules
+        own = self.__dict__
+        modules = own["_modules"]
         # An attribute while it is None, a submodule otherwise.
-        dropout = modules.get("dropout") or self.__dict__.get("dropout")
+        dropout = modules.get("dropout") or own.get("dropout")
         p = 0.0
         if dropout is not None:
             if (
@@ -188,7 +190,7 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
                 return None
             if dropout.training:
                 p = dropout.p
-        layer = self._layer
+        layer = own["_layer"]
         sequence = modules["module"]
         call = None
         if layer is not None and layer.sequence is sequence:

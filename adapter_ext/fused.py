@@ -7,7 +7,7 @@ microsecond, whether that still is all there is to them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,38 @@ _GLOBAL_HOOKS = (
 )
 
 
-class FusedCall(NamedTuple):
-    """How the op computes one adapter in its present state.
+class Settings(NamedTuple):
+    """How the op computes an adapter, besides its weights.
 
     Attributes:
-        weights: the adapter's weights, lists of one.
         activation: the op's name of its activation.
         norm_position: ``"pre"`` or ``"post"``.
         eps: of the norm.
         dropout: probability, 0 where dropout is not active.
     """
 
-    weights: AdapterWeights
     activation: str
     norm_position: str
     eps: float
     dropout: float
+
+
+class FusedCall(NamedTuple):
+    """How the op computes one adapter in its present state.
+
+    Attributes:
+        tensors: the adapter's weights, in the order of :class:`AdapterWeights`.
+        settings: all else.
+    """
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    settings: Settings
+
+    @property
+    def weights(self) -> AdapterWeights:
+        """The weights as the op takes them, in lists of one."""
+        norm_weight, norm_bias, down, up = self.tensors
+        return AdapterWeights([norm_weight], [norm_bias], [down], [up])
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -61,14 +77,29 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
     )
 
 
+# The attributes, besides parameters, on which the results of layers depend.
+_ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.LayerNorm: ("eps",),
+    nn.GELU: ("approximate",),
+    nn.Hardtanh: ("min_val", "max_val"),
+}
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.SiLU: "swish",
+    nn.ReLU: "relu",
+    nn.SELU: "selu",
+    nn.Identity: "identity",
+}
+
+
 def activation_name(layer: Any) -> str | None:
     """The op's name of an activation layer, None if the op does not have it."""
     kind = type(layer)
     if kind is nn.GELU:
-        return "gelu" if layer.approximate == "none" else "gelu_tanh"
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(layer.approximate)
     if kind is nn.Hardtanh:
         return "hardtanh" if (layer.min_val, layer.max_val) == (-1.0, 1.0) else None
-    return {nn.SiLU: "swish", nn.ReLU: "relu", nn.SELU: "selu", nn.Identity: "identity"}.get(kind)
+    return _ACTIVATIONS.get(kind)
 
 
 class LinearLayer:
@@ -79,16 +110,15 @@ class LinearLayer:
     """
 
     __slots__ = (
-        "_activation",
-        "_activation_layer",
-        "_activation_type",
-        "_down",
+        "_attributes",
+        "_children",
         "_hooks",
         "_layers",
         "_members",
-        "_norm",
-        "_norm_position",
-        "_up",
+        "_modules",
+        "_parameters",
+        "_settings",
+        "_types",
         "sequence",
     )
 
@@ -97,20 +127,28 @@ class LinearLayer:
         sequence: nn.Sequential,
         norm: nn.LayerNorm,
         down: nn.Linear,
-        activation: nn.Module,
         up: nn.Linear,
-        name: str,
+        settings: Settings,
     ) -> None:
         self.sequence = sequence
+        self._settings = settings
         self._layers = list(sequence)
-        self._norm, self._down, self._up = norm, down, up
-        self._activation_layer, self._activation_type = activation, type(activation)
-        self._activation = name
-        self._norm_position = "pre" if self._layers[0] is norm else "post"
-        # Dictionaries, and no parameters: those may be replaced at any time.
-        modules = (sequence, *self._layers)
-        self._members = tuple(m.__dict__ for m in modules)
-        self._hooks = (*(h for m in modules for h in hook_tables(m)), *_GLOBAL_HOOKS)
+        self._modules = [sequence, *self._layers]
+        self._types = [type(m) for m in self._modules]
+        # Dictionaries, because an attribute of a module costs 0.1 us; and no parameters: those may
+        # be replaced at any time.
+        self._children = sequence._modules
+        self._members = [m.__dict__ for m in self._modules]
+        self._attributes = [
+            (m.__dict__, name, m.__dict__.get(name))
+            for m in self._layers
+            for name in _ATTRIBUTES.get(type(m), ())
+        ]
+        self._parameters = (norm._parameters, down._parameters, up._parameters)
+        self._hooks = (*(h for m in self._modules for h in hook_tables(m)), *_GLOBAL_HOOKS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of an adapter looks at its own layers
 
     @classmethod
     def of(cls, sequence: nn.Module | None) -> LinearLayer | None:
@@ -118,17 +156,21 @@ class LinearLayer:
         if type(sequence) is not nn.Sequential or len(sequence) != 4:
             return None
         norm: Any
+        down: Any
+        up: Any
         kinds = [type(layer) for layer in sequence]
         if kinds[0] is nn.LayerNorm and kinds[1] is kinds[3] is nn.Linear:
             norm, down, activation, up = sequence
+            norm_position = "pre"
         elif kinds[3] is nn.LayerNorm and kinds[0] is kinds[2] is nn.Linear:
             down, activation, up, norm = sequence
+            norm_position = "post"
         else:
             return None
         name = activation_name(activation)
         if name is None or len(norm.normalized_shape) != 1:
             return None
-        return cls(sequence, norm, cast(nn.Linear, down), activation, cast(nn.Linear, up), name)
+        return cls(sequence, norm, down, up, Settings(name, norm_position, norm.eps, 0.0))
 
     def call(self, dropout: float) -> FusedCall | None:
         """How the op computes the layers now; None if something on them must be honoured.
@@ -136,42 +178,30 @@ class LinearLayer:
         Args:
             dropout: probability of the active dropout behind the layers, 0 for none.
         """
-        norm, down, up = self._norm, self._down, self._up
         if (
-            list(self.sequence._modules.values()) != self._layers
-            or any(self._hooks)
-            or norm.__class__ is not nn.LayerNorm
-            or down.__class__ is not nn.Linear
-            or up.__class__ is not nn.Linear
-            or self._activation_layer.__class__ is not self._activation_type
+            any(self._hooks)
+            or [*self._children.values()] != self._layers
+            or [*map(type, self._modules)] != self._types
         ):
             return None
         for members in self._members:
             if "forward" in members:
                 return None
-        norm_parameters, down_parameters, up_parameters = (
-            norm._parameters,
-            down._parameters,
-            up._parameters,
-        )
-        norm_weight = norm_parameters.get("weight")
-        norm_bias = norm_parameters.get("bias")
-        down_weight = down_parameters.get("weight")
-        up_weight = up_parameters.get("weight")
+        for members, name, value in self._attributes:
+            if members.get(name) is not value:
+                return None
+        norm, down, up = self._parameters
+        norm_weight, norm_bias = norm.get("weight"), norm.get("bias")
+        down_weight, up_weight = down.get("weight"), up.get("weight")
         if (
             # A pruned weight is no parameter; norms may come without.
             norm_weight is None
             or norm_bias is None
             or down_weight is None
             or up_weight is None
-            or down_parameters.get("bias") is not None
-            or up_parameters.get("bias") is not None
+            or down.get("bias") is not None
+            or up.get("bias") is not None
         ):
             return None
-        return FusedCall(
-            AdapterWeights([norm_weight], [norm_bias], [down_weight], [up_weight]),
-            self._activation,
-            self._norm_position,
-            norm.eps,
-            dropout,
-        )
+        settings = self._settings._replace(dropout=dropout) if dropout else self._settings
+        return FusedCall((norm_weight, norm_bias, down_weight, up_weight), settings)

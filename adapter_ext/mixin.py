@@ -383,7 +383,10 @@ def _routes_of_this_thread(stack: tuple[tuple[int, Routes], ...]) -> Routes | No
             raise RuntimeError("a compiled module can be routed by one thread at a time only")
         return stack[-1][1]
     this = threading.get_ident()
-    return next((routes for thread, routes in reversed(stack) if thread == this), None)
+    for thread, routes in reversed(stack):
+        if thread == this:
+            return routes
+    return None
 
 
 def _freeze_batchnorm(norm: _BatchNorm) -> None:

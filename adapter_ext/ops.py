@@ -420,7 +420,7 @@ class _Call(NamedTuple):
 
 def _gradients(
     call: _Call, grad_y: Tensor | None, grad_aux: Tensor | None, needed: Sequence[bool]
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """The gradients of x and the weights, None where not needed."""
     if grad_y is None:
         grad_y = torch.zeros_like(call.x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter_ext import ops
-from adapter_ext.fused import FusedCall, autocast_dtype
+from adapter_ext.fused import FusedCall, Settings, autocast_dtype
 from adapter_ext.mixin import AdapterModuleMixin, strategy_of
 from adapter_ext.strategies import (
     AbstractAdapterStrategy,
@@ -33,10 +33,9 @@ def adapter_index(module: nn.Module) -> dict[str, int]:
 
     Returns:
         Index by name, in the order of the indices. An adapter that several submodules have by the
-        same name has one index.
+        same name has one index. What adapters have themselves is not looked for.
     """
-    names = dict.fromkeys(name for _, host in _hosts(module) for name in host._adapters())
-    return {name: index for index, name in enumerate(names)}
+    return _index(_hosts(module))
 
 
 @contextmanager
@@ -72,57 +71,87 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
             forward, if the input does not have as many samples.
     """
     hosts = _hosts(module)
-    index = adapter_index(module)
     routes = (
-        _from_indices(names, index, hosts)
+        _from_indices(names, module, hosts)
         if isinstance(names, Tensor)
-        else _from_names(names, index, hosts)
+        else _from_names(names, module, hosts)
     )
     entry = (threading.get_ident(), routes)
+    # Not by nn.Module.__setattr__, which costs more than a microsecond a host.
     with _lock:
-        for _, host in hosts:
-            host._adapter_routes = (*host._adapter_routes, entry)
+        for host in hosts:
+            object.__setattr__(host, "_adapter_routes", (*host._adapter_routes, entry))
     try:
         yield
     finally:
         with _lock:
-            for _, host in hosts:
-                host._adapter_routes = tuple(e for e in host._adapter_routes if e is not entry)
+            for host in hosts:
+                kept = tuple(e for e in host._adapter_routes if e is not entry)
+                object.__setattr__(host, "_adapter_routes", kept)
 
 
-def _hosts(module: nn.Module) -> list[tuple[str, AdapterModuleMixin]]:
-    return [(path, m) for path, m in module.named_modules() if isinstance(m, AdapterModuleMixin)]
+def _hosts(module: nn.Module) -> list[AdapterModuleMixin]:
+    """The hosts among a module and its submodules, in the order of ``modules()``.
+
+    Not those within adapters, which get but a part of the batch; adapters may also be many.
+    """
+    hosts: list[AdapterModuleMixin] = []
+    seen: set[nn.Module] = set()
+    pending: list[nn.Module | None] = [module]
+    while pending:
+        current = pending.pop()
+        if current is None or current in seen:
+            continue
+        seen.add(current)
+        children = current._modules
+        if isinstance(current, AdapterModuleMixin):
+            hosts.append(current)
+            children = {k: child for k, child in children.items() if k != "adapter_layer"}
+        if children:
+            pending.extend(reversed(children.values()))
+    return hosts
+
+
+def _index(hosts: list[AdapterModuleMixin]) -> dict[str, int]:
+    names = dict.fromkeys(name for host in hosts for name in host._adapters())
+    return {name: index for index, name in enumerate(names)}
 
 
 def _from_names(
-    names: Sequence[str | None], index: dict[str, int], hosts: list[tuple[str, AdapterModuleMixin]]
+    names: Sequence[str | None], module: nn.Module, hosts: list[AdapterModuleMixin]
 ) -> Routes:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(
             f"names must be a sequence of names, one a sample, or an int64 tensor of indices; "
             f"got {names if isinstance(names, str) else type(names).__name__!r}"
         )
-    unknown = [name for name in names if name is not None and name not in index]
-    if unknown:
-        raise ValueError(f"there is no adapter named {unknown[0]!r}; there are {list(index)}")
     used = {name: i for i, name in enumerate(dict.fromkeys(n for n in names if n is not None))}
-    disabled = _disabled(hosts)
-    for name in used:
-        if name in disabled:
-            raise _disabled_error(name, disabled[name])
+    unknown = set(used)
+    for host in hosts:
+        here = used.keys() & host._adapters().keys()
+        unknown -= here
+        disabled = here.difference(host._enabled_adapters)
+        if disabled:
+            raise _disabled_error(min(disabled), module, host)
+    if unknown:
+        name = next(name for name in used if name in unknown)
+        raise ValueError(f"there is no adapter named {name!r}; there are {list(_index(hosts))}")
     ids = torch.tensor([-1 if n is None else used[n] for n in names], dtype=torch.int64)
     return Routes(tuple(used), ids)
 
 
-def _from_indices(
-    ids: Tensor, index: dict[str, int], hosts: list[tuple[str, AdapterModuleMixin]]
-) -> Routes:
+def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin]) -> Routes:
     if ids.dtype is not torch.int64 or ids.ndim not in (1, 2):
         raise TypeError(
             f"indices of adapters must be an int64 tensor [B] or [B, T], "
             f"got {ids.dtype} {list(ids.shape)}"
         )
-    disabled = _disabled(hosts)
+    index = _index(hosts)
+    disabled = {
+        name: host
+        for host in hosts
+        for name in host._adapters().keys() - set(host._enabled_adapters)
+    }
     if ids.numel():
         low, high = (int(bound) for bound in torch.aminmax(ids))
         if low < -1 or high >= len(index):
@@ -130,22 +159,14 @@ def _from_indices(
                 f"indices of adapters must be in [-1, {len(index)}), got {low} to {high}; "
                 f"there are {index}"
             )
-        for name in disabled:
+        for name, host in disabled.items():
             if bool((ids == index[name]).any()):
-                raise _disabled_error(name, disabled[name])
+                raise _disabled_error(name, module, host)
     return Routes(tuple(None if name in disabled else name for name in index), ids)
 
 
-def _disabled(hosts: list[tuple[str, AdapterModuleMixin]]) -> dict[str, str]:
-    """The adapters that are disabled somewhere, each with the path of a module where it is."""
-    return {
-        name: path
-        for path, host in hosts
-        for name in host._adapters().keys() - set(host._enabled_adapters)
-    }
-
-
-def _disabled_error(name: str, path: str) -> ValueError:
+def _disabled_error(name: str, module: nn.Module, host: AdapterModuleMixin) -> ValueError:
+    path = next(path for path, m in module.named_modules() if m is host)
     where = f" in submodule {path!r}" if path else ""
     return ValueError(f"adapter {name!r} is disabled{where}; set_enabled_adapters enables it")
 
@@ -153,21 +174,18 @@ def _disabled_error(name: str, path: str) -> ValueError:
 class _Kind(NamedTuple):
     """What the adapters of one call of the op have in common."""
 
-    activation: str
-    norm_position: str
-    eps: float
-    dropout: float
+    settings: Settings
     depth: float
     residual: bool
     dtype: torch.dtype
 
 
 class _Group(NamedTuple):
-    """The adapters of one call of the op; lists of equal length."""
+    """The adapters of one call of the op; lists of equal length, an adapter's weights in a row."""
 
     names: list[str]
     adapters: list[nn.Module]
-    weights: list[AdapterWeights]
+    weights: list[tuple[Tensor, ...]]
     l2_lambdas: list[float]
 
 
@@ -210,16 +228,18 @@ class Routes:
         alone: list[tuple[int, str, nn.Module, AbstractAdapterStrategy]] = []
         adapters = host._adapters()
         enabled = frozenset(host._enabled_adapters)
+        training = host.training
         stock_host = (
             type(host).forward_single_enabled_adapter_ is _STOCK_FORWARD_SINGLE
             and "forward_single_enabled_adapter_" not in host.__dict__
         )
+        last_kind: tuple[Any, ...] = ()
         for i, name in enumerate(self._names):
             adapter = None if name is None else adapters.get(name)
             if name is None or adapter is None:
                 continue
             if name not in enabled:
-                raise _disabled_error(name, "")
+                raise _disabled_error(name, host._host(), host)
             strategy = strategy_of(adapter, name)
             call: FusedCall | None = None
             if stock_host and is_stock(strategy) and hasattr(type(adapter), "fused_call"):
@@ -229,18 +249,19 @@ class Routes:
                 continue
             depth = l2_lambda = 0.0
             residual = isinstance(strategy, ResidualAddAdapterStrategy)
-            if isinstance(strategy, ResidualAddAdapterStrategy) and host.training:
+            if training and isinstance(strategy, ResidualAddAdapterStrategy):
                 depth = strategy.stochastic_depth
                 l2_lambda = strategy.loss_weight(adapter, host)
-            weights, *settings = call
-            kind: tuple[Any, ...] = (*settings, depth, residual, weights.down[0].dtype)
-            group = groups.get(kind)
-            if group is None:
-                group = groups[kind] = _Group([], [], [], [])
-            group.names.append(name)
-            group.adapters.append(adapter)
-            group.weights.append(weights)
-            group.l2_lambdas.append(l2_lambda)
+            tensors, settings = call
+            kind = (settings, depth, residual, tensors[2].dtype)
+            if kind != last_kind:  # most are like the one before
+                last_kind = kind
+                group = groups.setdefault(kind, _Group([], [], [], []))
+            names, group_adapters, weights, l2_lambdas = group
+            names.append(name)
+            group_adapters.append(adapter)
+            weights.append(tensors)
+            l2_lambdas.append(l2_lambda)
         # A call leaves the samples of other groups as they are, so the calls can be chained.
         for kind, group in groups.items():
             x = self._forward_group(host, x, _Kind(*kind), group)
@@ -251,20 +272,20 @@ class Routes:
     def _forward_group(
         self, host: AdapterModuleMixin, x: Tensor, kind: _Kind, group: _Group
     ) -> Tensor:
-        l2_lambda = self._l2_lambda(tuple(group.l2_lambdas), x.device)
+        settings, depth, residual, _ = kind
         y, aux = ops.linear_adapter(
             x,
-            AdapterWeights(*([w[0] for w in field] for field in zip(*group.weights, strict=True))),
+            AdapterWeights(*zip(*group.weights, strict=True)),
             self._routing(tuple(group.names), x.device),
-            activation=kind.activation,
-            norm_position=kind.norm_position,
-            eps=kind.eps,
-            dropout=kind.dropout,
-            stochastic_depth=kind.depth,
-            l2_lambda=l2_lambda,
-            residual=kind.residual,
+            activation=settings.activation,
+            norm_position=settings.norm_position,
+            eps=settings.eps,
+            dropout=settings.dropout,
+            stochastic_depth=depth,
+            l2_lambda=self._l2_lambda(tuple(group.l2_lambdas), x.device),
+            residual=residual,
             # Everything that differs in training is 0 where it is not active.
-            training=bool(kind.dropout or kind.depth or any(group.l2_lambdas)),
+            training=bool(settings.dropout or depth or any(group.l2_lambdas)),
             compute_dtype=autocast_dtype(x),
         )
         for a, (adapter, weight) in enumerate(zip(group.adapters, group.l2_lambdas, strict=True)):

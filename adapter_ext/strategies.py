@@ -139,14 +139,14 @@ class ResidualAddAdapterStrategy(AbstractAdapterStrategy):
         y, aux = ops.linear_adapter(
             x,
             fused.weights,
-            activation=fused.activation,
-            norm_position=fused.norm_position,
-            eps=fused.eps,
-            dropout=fused.dropout,
+            activation=fused.settings.activation,
+            norm_position=fused.settings.norm_position,
+            eps=fused.settings.eps,
+            dropout=fused.settings.dropout,
             stochastic_depth=depth,
             l2_lambda=l2_lambda,
             # Everything that differs in training is 0 where it is not active.
-            training=bool(fused.dropout or depth or l2_lambda),
+            training=bool(fused.settings.dropout or depth or l2_lambda),
             compute_dtype=autocast_dtype(x),
         )
         if l2_lambda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from contextlib import nullcontext
 
@@ -255,6 +256,102 @@ def test_changed_adapters_run_under_routing(kind, block):
     close(y[1], hidden[1] + formula(block.adapter_layer["a"], hidden[1]))
 
 
+def change_hook(adapter):
+    return adapter.module[1].register_forward_hook(lambda m, a, out: out * 0).remove
+
+
+def change_activation(adapter):
+    before, adapter.module[2] = adapter.module[2], nn.ReLU()
+    return lambda: adapter.module.__setitem__(2, before)
+
+
+def change_eps(adapter):
+    adapter.module[0].eps = 0.25
+    return lambda: setattr(adapter.module[0], "eps", 1e-5)
+
+
+def change_parameter(adapter):
+    before = {k: v.clone() for k, v in adapter.state_dict().items()}
+    adapter.load_state_dict({k: v * 2 for k, v in before.items()}, assign=True)
+    return lambda: adapter.load_state_dict(before, assign=True)
+
+
+def change_strategy(adapter):
+    before, adapter.adapter_strategy = adapter.adapter_strategy, ReturnResultAdapterStrategy()
+    return lambda: setattr(adapter, "adapter_strategy", before)
+
+
+def change_strategy_method(adapter):
+    adapter.adapter_strategy.compute_output = lambda input, *_, **__: input
+    return lambda: delattr(adapter.adapter_strategy, "compute_output")
+
+
+def change_forward(adapter):
+    adapter.module[3].forward = lambda x: torch.ones(*x.shape[:-1], D, dtype=x.dtype)
+    return lambda: delattr(adapter.module[3], "forward")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_hook,
+        change_activation,
+        change_eps,
+        change_parameter,
+        change_strategy,
+        change_strategy_method,
+        change_forward,
+    ],
+)
+def test_changes_within_a_context_are_honoured_at_once(change, block):
+    adapter = block.adapter_layer["a1"]
+    x = rand(3, D)
+    names = ["a1", "a", "a1"]
+    with block.route_adapters(names):
+        before = block(x)
+        undo = change(adapter)
+        changed = block(x)
+        hidden = block.linear(x)
+        want = adapter.adapter_strategy(hidden, adapter, module=block)
+        undo()
+        close(block(x), before)
+    close(changed[::2], want[::2])
+    close(changed[1], before[1])
+    assert not torch.allclose(changed[0], before[0])
+
+
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.Hardtanh()])
+def test_settings_of_the_activation_are_read_in_every_call(layer, block):
+    adapter = block.adapter_layer["a1"]
+    adapter.module[2] = layer
+    x = rand(1, D)
+    hidden = block.linear(x)
+    with block.route_adapters(["a1"]):
+        before = block(x)
+        if isinstance(layer, nn.GELU):
+            layer.approximate = "tanh"
+        else:
+            layer.max_val = 0.25
+        close(block(x), hidden + adapter.module(hidden))
+        assert not torch.equal(block(x), before)
+
+
+def test_hooks_on_copies_run_under_routing(block):
+    other = copy.deepcopy(block)
+    x = rand(1, D)
+    other.adapter_layer["a1"].module[3].forward = lambda x: torch.ones(1, D, dtype=x.dtype)
+    with other.route_adapters(["a1"]):
+        close(other(x), other.linear(x) + 1)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        with other.route_adapters(["a"]):
+            other(x)
+    finally:
+        handle.remove()
+    assert other.adapter_layer["a"].module[0] in seen
+
+
 def test_shape_changing_adapter():
     block = Block().double()
     block.add_adapter("s", {"_target_": SHIFT})
@@ -378,6 +475,26 @@ def test_routing_reaches_all_submodules(indices, model):
         want = expected(layer, want, names) if isinstance(layer, Block) else layer(want)
     with adapter_ext.route_adapters(model, ids if indices else names):
         close(model(x), want)
+
+
+def test_hosts_within_adapters_are_not_routed(block):
+    outer = Block().double()
+    outer.add_adapter("s", {"_target_": SHIFT})
+    outer.adapter_layer["s"].inner = block
+    model = nn.ModuleList([outer, outer.linear, outer])
+    assert adapter_index(model) == {"s": 0}
+    x = rand(3, D)
+    with adapter_ext.route_adapters(model, ["s", None, "s"]):
+        close(outer(x), expected(outer, x, ["s", None, "s"]))
+        assert len(block._adapter_routes) == 0
+        assert len(outer._adapter_routes) == 1
+
+
+def test_shared_hosts_are_numbered_where_they_first_occur():
+    one, two = make_block("a", "b"), make_block("c")
+    tree = nn.ModuleList([nn.Sequential(nn.Sequential(two), one), two, one])
+    names = [n for m in tree.modules() if isinstance(m, Block) for n in m.adapter_layer]
+    assert list(adapter_index(tree)) == names == ["c", "a", "b"]
 
 
 def test_layers_share_the_routing(op_calls):
