@@ -2,8 +2,8 @@
 
 The native kernels are ``torch.ops.adapter_ext.*`` (schemas in ``csrc/library_cpu.cpp``). Eager code
 reaches them through a ``torch.autograd.Function`` below autograd, torch.compile through the
-formula registered with ``torch.library``: both share one backward, but the registered one costs
-some 85 us a call in eager mode.
+formula registered with ``torch.library``: both share one backward, but in eager mode the registered
+one costs a call several times as much.
 """
 
 from __future__ import annotations
