@@ -3,7 +3,7 @@
 The native kernels are ``torch.ops.adapter_ext.*`` (schemas in ``csrc/library_cpu.cpp``). Eager code
 reaches them through a ``torch.autograd.Function`` below autograd, torch.compile through the
 formula registered with ``torch.library``: both share one backward, but in eager mode the registered
-one costs a call several times as much.
+one takes two to three times as long for a small call.
 """
 
 from __future__ import annotations
