@@ -1,0 +1,54 @@
+"""A native library that does not load is an ImportError that says what to do."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from adapter_ext import _C, _library
+
+
+def import_copy(folder: pathlib.Path, damage: str, **environment: str) -> str:
+    """Imports a damaged copy of the package in a new process; returns what it prints to stderr."""
+    copy = folder / "adapter_ext"
+    native = _library.CPU_LIBRARY.parent
+    shutil.copytree(pathlib.Path(_library.__file__).parent, copy)
+    for file in (_library.CPU_LIBRARY, pathlib.Path(_C.__file__), native / "built_with.txt"):
+        shutil.copy(file, copy)
+    library = copy / _library.CPU_LIBRARY.name
+    if damage == "overwritten":
+        library.write_bytes(b"no library" * 500)
+    elif damage == "empty":
+        library.write_bytes(b"")
+    process = subprocess.run(
+        [sys.executable, "-c", "import adapter_ext; print(adapter_ext.__file__)"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        check=False,
+    )
+    assert (process.returncode == 0) == (damage == "none" and not environment), process.stderr
+    return process.stderr
+
+
+def test_copy_loads(tmp_path: pathlib.Path) -> None:
+    assert "ImportError" not in import_copy(tmp_path, "none")
+
+
+@pytest.mark.parametrize("damage", ["overwritten", "empty"])
+def test_damaged_library(tmp_path: pathlib.Path, damage: str) -> None:
+    message = import_copy(tmp_path, damage)
+    for words in ("ImportError", "does not load", "against torch", "running: torch", "pip install"):
+        assert words in message
+
+
+def test_wrong_capability(tmp_path: pathlib.Path) -> None:
+    message = import_copy(tmp_path, "none", ADAPTER_EXT_CPU_CAPABILITY="sse9")
+    for words in ("ImportError", "expected one of baseline", "got 'sse9'"):
+        assert words in message
