@@ -283,7 +283,7 @@ class ColumnPass {
  public:
   // A tile's sums over rows stay in a second-level cache; a multiple of every panel width.
   static constexpr int64_t kColumns = 64;
-  static constexpr int64_t kRows = 128;
+  static constexpr int64_t kRows = 120;  // a multiple of every register tile
 
   ColumnPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results)
       : p_(problem),
@@ -382,12 +382,12 @@ class ColumnPass {
         multiply<C>(r, columns, count, {hidden_gradient, 1, results_.stride},
                     {x_, kPanel<C>, kColumns}, down_sum_, kColumns, first > 0);
         if (pre_) {
-          for (int64_t i = 0; i < count; ++i) {
-            const C* row = hidden_gradient + i * results_.stride;
-            transform_row<C>(hidden_sum_, r, hidden_sum_, [&](int64_t j, auto v, auto extent) {
-              return v + load<C>(row + j, extent);
-            });
-          }
+          transform_row<C>(hidden_sum_, r, hidden_sum_, [&](int64_t j, auto sum, auto extent) {
+            for (int64_t i = 0; i < count; ++i) {
+              sum += load<C>(hidden_gradient + i * results_.stride + j, extent);
+            }
+            return sum;
+          });
         }
       }
       if (wanted.input_gradient) {
@@ -463,16 +463,17 @@ class ColumnPass {
 
   // dγ += Σ dn ⊙ x̂ and dβ += Σ dn.
   void add_norm_gradient(int64_t count, int64_t columns) {
-    for (int64_t i = 0; i < count; ++i) {
-      const C* product = product_ + i * kColumns;
-      const C* normalized = x_ + i * kColumns;
-      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-        const Vector<C> d = load<C>(product + c, extent);
-        store<C>(norm_weight_sum_ + c,
-                 load<C>(norm_weight_sum_ + c) + d * load<C>(normalized + c, extent));
-        store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c) + d);
-      });
-    }
+    for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+      Vector<C> weight_sum = load<C>(norm_weight_sum_ + c);
+      Vector<C> bias_sum = load<C>(norm_bias_sum_ + c);
+      for (int64_t i = 0; i < count; ++i) {
+        const Vector<C> d = load<C>(product_ + i * kColumns + c, extent);
+        weight_sum += d * load<C>(x_ + i * kColumns + c, extent);
+        bias_sum += d;
+      }
+      store<C>(norm_weight_sum_ + c, weight_sum);
+      store<C>(norm_bias_sum_ + c, bias_sum);
+    });
   }
 
   void store_grad_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
