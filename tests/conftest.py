@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from adapter_ext import ops
+
 hypothesis.settings.register_profile(
     "adapter_ext",
     derandomize=True,
@@ -27,3 +29,17 @@ def set_num_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def op_calls(monkeypatch):
+    """The keyword arguments of the calls of the op."""
+    calls = []
+    op = ops.linear_adapter
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs)
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "linear_adapter", spy)
+    return calls

@@ -23,7 +23,6 @@ from adapter_ext import (
     ReturnResultAdapterStrategy,
     ReturnResultAdapterStrategyConfig,
     fused,
-    ops,
 )
 
 POSITIONS = ["pre", "post"]
@@ -33,20 +32,6 @@ def make(**kwargs) -> LinearAdapter:
     adapter = LinearAdapter(**{"in_features": D, "dim": 5, **kwargs}).double()
     randomize(adapter)
     return adapter.eval()
-
-
-@pytest.fixture
-def op_calls(monkeypatch):
-    """The keyword arguments of the calls of the op."""
-    calls = []
-    op = ops.linear_adapter
-
-    def spy(*args, **kwargs):
-        calls.append(kwargs)
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "linear_adapter", spy)
-    return calls
 
 
 def test_item6_config_fields_are_the_arguments():

@@ -21,7 +21,6 @@ from adapter_ext import (
     ResidualAddAdapterStrategy,
     ResidualAddAdapterStrategyConfig,
     ReturnResultAdapterStrategy,
-    ops,
 )
 
 NEMO_LINEAR = "nemo.collections.common.parts.adapter_modules.LinearAdapter"
@@ -65,19 +64,6 @@ def _fresh_compiler():
 @pytest.fixture
 def block():
     return make_block("a", "a1", "module", "1", "x1")
-
-
-@pytest.fixture
-def op_calls(monkeypatch):
-    calls = []
-    op = ops.linear_adapter
-
-    def spy(*args, **kwargs):
-        calls.append(kwargs)
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "linear_adapter", spy)
-    return calls
 
 
 def chain(block, x, names):

@@ -15,7 +15,6 @@ from adapter_ext import (
     ResidualAddAdapterStrategy,
     ReturnResultAdapterStrategy,
     access,
-    ops,
     set_access_cfg,
 )
 
@@ -44,19 +43,6 @@ def host():
 def _defaults():
     yield
     access._options.clear()
-
-
-@pytest.fixture
-def op_calls(monkeypatch):
-    calls = []
-    op = ops.linear_adapter
-
-    def spy(*args, **kwargs):
-        calls.append(kwargs)
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "linear_adapter", spy)
-    return calls
 
 
 def losses(adapter):

@@ -22,7 +22,7 @@ ADAPTER_EXT_HOST_DEVICE PhiloxKey philox_key(int64_t seed) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
 }
 
-// One round on word arrays of any type that multiplies 32 x 32 -> 64 bits by `multiply_high`.
+// One of the ten rounds.
 ADAPTER_EXT_HOST_DEVICE void philox_round(uint32_t (&c)[4], PhiloxKey key) {
   const uint64_t product0 = static_cast<uint64_t>(c[0]) * 0xD2511F53u;
   const uint64_t product1 = static_cast<uint64_t>(c[2]) * 0xCD9E8D57u;

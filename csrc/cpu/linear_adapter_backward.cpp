@@ -2,7 +2,7 @@
 // need of the bottleneck's gradient, then over tiles of columns, for the gradients of x and of the
 // weights. A weight's gradient is summed by one thread in the order of the adapter's rows.
 //
-// Notation as in docs of the op: h = down n, z = act(h), o = up z; a leading d is a gradient. The
+// As in adapter_ext/reference.py: h = down n, z = act(h), o = up z; a leading d is a gradient. The
 // norm's row sums need no pass over D: mean(dx̂) = (dh·c1)/D and mean(dx̂ ⊙ x̂) = (dh·(h - c0))/D
 // with c1 = down γ, c0 = down β. With dn = dh down: dγ = Σ dn ⊙ x̂, dβ = Σ dn, and
 // d_down = γ ⊙ (dhᵀ x̂) + (Σ dh) ⊗ β.
