@@ -17,13 +17,39 @@ namespace adapter_ext::cpu {
 inline namespace ADAPTER_EXT_CPU_LEVEL {
 namespace {
 
-// What the first pass leaves for the second, by active row.
+// What the first pass leaves for the second, by active row. The two matrices are kept as the second
+// pass multiplies with them: each block of kRows rows of a segment as a right operand in panels.
 template <class C>
 struct RowResults {
-  int64_t stride;      // of the two matrices
-  C* hidden_gradient;  // [active rows, stride], dh
-  C* activated;        // [active rows, stride], z
+  static constexpr int64_t kRows = 120;  // a multiple of every register tile
+
+  int64_t stride;      // elements of a row, whole panels
+  C* hidden_gradient;  // dh
+  C* activated;        // z
   C* sums;             // [active rows, 2]: pre: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
+
+  struct Row {
+    C* data;
+    int64_t panel_stride;
+
+    // Calls transform as transform_row does, for the row `from`, and stores what it returns.
+    template <class Transform>
+    void set(const C* from, int64_t count, Transform&& transform) const {
+      for (int64_t first = 0, at = 0; first < count; first += kPanel<C>, at += panel_stride) {
+        transform_row<C>(from + first, std::min(kPanel<C>, count - first), data + at,
+                         [&](int64_t j, auto value, auto extent) {
+                           return transform(first + j, value, extent);
+                         });
+      }
+    }
+  };
+
+  // The i-th active row of a segment.
+  Row row(C* matrix, const Segment& segment, int64_t i) const {
+    const int64_t first = i / kRows * kRows;
+    return {matrix + (segment.first_position + first) * stride + (i - first) * kPanel<C>,
+            std::min(kRows, segment.rows - first) * kPanel<C>};
+  }
 };
 
 // What one adapter's gradients ask for.
@@ -85,7 +111,7 @@ class RowPass {
     Scratch scratch(0, Scratch::bytes<C>(up_size) + Scratch::bytes<C>(up_transposed_size) +
                            2 * Scratch::bytes<C>(width_) + 2 * Scratch::bytes<C>(r) +
                            2 * Scratch::bytes<C>(tile) +
-                           Scratch::bytes<C>(kMostBlockRows * hidden_stride_) +
+                           2 * Scratch::bytes<C>(kMostBlockRows * hidden_stride_) +
                            Scratch::bytes<C>(kColumnBlock));
     packed_up_ = scratch.take<C>(up_size);
     packed_up_transposed_ = scratch.take<C>(up_transposed_size);
@@ -95,6 +121,7 @@ class RowPass {
     down_bias_ = scratch.take<C>(r);
     gradient_ = scratch.take<C>(tile);
     out_ = scratch.take<C>(tile);
+    activated_ = scratch.take<C>(kMostBlockRows * hidden_stride_);
     hidden_gradient_ = scratch.take<C>(kMostBlockRows * hidden_stride_);
     mask_ = scratch.take<C>(kColumnBlock);
   }
@@ -155,14 +182,12 @@ class RowPass {
     if (!Wanted(p_, segment.adapter, pre_).anything()) return;
     if (prepared_ != &segment) prepare_adapter(segment, blocks.rows_in_task);
     prepared_ = &segment;
-    const int64_t position = segment.first_position + first;
-    C* activated = results_.activated + position * results_.stride;
-    activate_rows(segment, first, count, activated);
+    activate_rows(segment, first, count);
     for (int64_t column = 0; column < width_; column += block_columns_) {
       const int64_t columns = std::min(block_columns_, width_ - column);
       if (wants_out_) {
         up_transposed_.multiply(count, 0, view_.bottleneck, column, columns,
-                                {activated, results_.stride, 1}, out_, stride_, false);
+                                {activated_, hidden_stride_, 1}, out_, stride_, false);
       }
       for (int64_t i = 0; i < count; ++i) {
         gradient_row(segment, first + i, column, columns, gradient_ + i * stride_,
@@ -176,15 +201,18 @@ class RowPass {
     if (wants_hidden_) finish_hidden(segment, first, count);
   }
 
-  void activate_rows(const Segment& segment, int64_t first, int64_t count, C* activated) {
+  void activate_rows(const Segment& segment, int64_t first, int64_t count) {
     const int64_t r = view_.bottleneck;
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
         const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
-        C* z = activated + i * results_.stride;
+        C* z = activated_ + (wants_out_ ? i * hidden_stride_ : 0);
         transform_row<C>(
             h, r, z, [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
         round_operand(p_, z, r);
+        results_.row(results_.activated, segment, first + i).set(z, r, [](int64_t, auto v, auto) {
+          return v;
+        });
       }
     });
   }
@@ -242,18 +270,16 @@ class RowPass {
         const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
         const int64_t position = segment.first_position + first + i;
         Vector<C> sum = {}, product_sum = {};
-        transform_row<C>(hidden_gradient_ + i * hidden_stride_, r,
-                         results_.hidden_gradient + position * results_.stride,
-                         [&](int64_t j, auto dz, auto extent) {
-                           const Vector<C> own = load<C>(h + j, extent);
-                           const Vector<C> dh =
-                               dz * activation_derivative<activation, VectorMath<C>>(own);
-                           if (pre_) {
-                             sum += dh * load<C>(down_weight_ + j, extent);
-                             product_sum += dh * (own - load<C>(down_bias_ + j, extent));
-                           }
-                           return dh;
-                         });
+        results_.row(results_.hidden_gradient, segment, first + i)
+            .set(hidden_gradient_ + i * hidden_stride_, r, [&](int64_t j, auto dz, auto extent) {
+              const Vector<C> own = load<C>(h + j, extent);
+              const Vector<C> dh = dz * activation_derivative<activation, VectorMath<C>>(own);
+              if (pre_) {
+                sum += dh * load<C>(down_weight_ + j, extent);
+                product_sum += dh * (own - load<C>(down_bias_ + j, extent));
+              }
+              return dh;
+            });
         if (pre_) {
           results_.sums[2 * position] = horizontal_sum<C>(sum) / static_cast<C>(width_);
           results_.sums[2 * position + 1] = horizontal_sum<C>(product_sum) / static_cast<C>(width_);
@@ -273,7 +299,7 @@ class RowPass {
   bool wants_hidden_, wants_out_;
   WeightOperand<X> up_, up_transposed_;
   C *packed_up_, *packed_up_transposed_, *norm_weight_, *norm_bias_, *down_weight_, *down_bias_,
-      *gradient_, *out_, *hidden_gradient_, *mask_;
+      *gradient_, *out_, *activated_, *hidden_gradient_, *mask_;
 };
 
 template <class X>
@@ -283,7 +309,7 @@ class ColumnPass {
  public:
   // A tile's sums over rows stay in a second-level cache; a multiple of every panel width.
   static constexpr int64_t kColumns = 64;
-  static constexpr int64_t kRows = 120;  // a multiple of every register tile
+  static constexpr int64_t kRows = RowResults<C>::kRows;
 
   ColumnPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results)
       : p_(problem),
@@ -294,15 +320,15 @@ class ColumnPass {
         width_(problem.hidden_size),
         hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
-    Scratch scratch(1, 3 * Scratch::bytes<C>(r * kColumns) +
-                           Scratch::bytes<C>(kColumns * hidden_stride_) + Scratch::bytes<C>(r) +
-                           4 * Scratch::bytes<C>(kRows * kColumns) +
-                           5 * Scratch::bytes<C>(kColumns));
+    Scratch scratch(
+        1, 2 * Scratch::bytes<C>(r * kColumns) + 2 * Scratch::bytes<C>(kColumns * hidden_stride_) +
+               Scratch::bytes<C>(hidden_stride_) + 4 * Scratch::bytes<C>(kRows * kColumns) +
+               5 * Scratch::bytes<C>(kColumns));
     packed_down_ = scratch.take<C>(r * kColumns);
     packed_up_ = scratch.take<C>(r * kColumns);
-    down_sum_ = scratch.take<C>(r * kColumns);
+    down_sum_ = scratch.take<C>(kColumns * hidden_stride_);
     up_sum_ = scratch.take<C>(kColumns * hidden_stride_);
-    hidden_sum_ = scratch.take<C>(r);
+    hidden_sum_ = scratch.take<C>(hidden_stride_);
     x_ = scratch.take<C>(kRows * kColumns);
     out_ = scratch.take<C>(kRows * kColumns);
     gradient_ = scratch.take<C>(kRows * kColumns);
@@ -363,36 +389,30 @@ class ColumnPass {
     std::fill(norm_bias_sum_, norm_bias_sum_ + kColumns, C(0));
     for (int64_t first = 0; first < segment.rows; first += kRows) {
       const int64_t count = std::min(kRows, segment.rows - first);
-      const int64_t position = segment.first_position + first;
-      const C* hidden_gradient = results_.hidden_gradient + position * results_.stride;
-      const C* activated = results_.activated + position * results_.stride;
+      const int64_t panel_stride = count * kPanel<C>;
+      const C* hidden_gradient = results_.row(results_.hidden_gradient, segment, first).data;
+      const C* activated = results_.row(results_.activated, segment, first).data;
       if (wants_x) load_x(segment, first, count, column, columns);
       if (wants_gradient) {
         if (wants_out) {
-          up_.multiply(count, 0, r, 0, columns, {activated, results_.stride, 1}, out_, kColumns,
-                       false);
+          up_.multiply(count, 0, r, 0, columns, {activated, kPanel<C>, 1, panel_stride}, out_,
+                       kColumns, false);
         }
         load_gradient(segment, first, count, column, columns, of_output);
       }
       if (wanted.up_sum) {  // d_up [columns, r] += duᵀ z
         multiply<C>(columns, r, count, {gradient_, 1, kColumns},
-                    {activated, kPanel<C>, results_.stride}, up_sum_, hidden_stride_, first > 0);
+                    {activated, panel_stride, kPanel<C>}, up_sum_, hidden_stride_, first > 0);
       }
-      if (wanted.down_sum) {  // M [r, columns] += dhᵀ x̂
-        multiply<C>(r, columns, count, {hidden_gradient, 1, results_.stride},
-                    {x_, kPanel<C>, kColumns}, down_sum_, kColumns, first > 0);
-        if (pre_) {
-          transform_row<C>(hidden_sum_, r, hidden_sum_, [&](int64_t j, auto sum, auto extent) {
-            for (int64_t i = 0; i < count; ++i) {
-              sum += load<C>(hidden_gradient + i * results_.stride + j, extent);
-            }
-            return sum;
-          });
-        }
+      if (wanted.down_sum) {  // Mᵀ [columns, r] += x̂ᵀ dh
+        multiply<C>(columns, r, count, {x_, 1, kColumns},
+                    {hidden_gradient, panel_stride, kPanel<C>}, down_sum_, hidden_stride_,
+                    first > 0);
+        if (pre_) add_hidden_sum(hidden_gradient, count, r);
       }
       if (wanted.input_gradient) {
-        down_.multiply(count, 0, r, 0, columns, {hidden_gradient, results_.stride, 1}, product_,
-                       kColumns, false);
+        down_.multiply(count, 0, r, 0, columns, {hidden_gradient, kPanel<C>, 1, panel_stride},
+                       product_, kColumns, false);
         if (pre_ && wanted.norm) add_norm_gradient(count, columns);
         if (p_.grad_x) store_grad_x(segment, first, count, column, columns);
       }
@@ -409,6 +429,16 @@ class ColumnPass {
     return Plan::row(segment, p_.routing.rows_per_sample, i);
   }
 
+  // A tile's part of a row is too short for the hardware to see where the next one is.
+  template <bool write = false>
+  void prefetch_row(const Segment& segment, int64_t i, const void* matrix, int64_t column,
+                    int64_t columns) const {
+    constexpr int64_t distance = 16, line = 64 / sizeof(X);
+    if (i + distance >= segment.rows) return;
+    const X* from = static_cast<const X*>(matrix) + row(segment, i + distance) * width_ + column;
+    for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(from + c, write, 2);
+  }
+
   // x̂ (pre) or x (post).
   void load_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
               int64_t columns) {
@@ -416,6 +446,7 @@ class ColumnPass {
       const int64_t at = row(segment, first + i);
       const X* from = static_cast<const X*>(p_.x) + at * width_ + column;
       C* to = x_ + i * kColumns;
+      prefetch_row(segment, first + i, p_.x, column, columns);
       if (pre_) {
         const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
         const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
@@ -436,6 +467,7 @@ class ColumnPass {
       const int64_t at = row(segment, first + i);
       const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
       const C* out = out_ + i * kColumns;
+      prefetch_row(segment, first + i, p_.grad_y, column, columns);
       if (masked) dropout_.fill(at, column, columns, mask_);
       const C* sums = results_.sums + 2 * (segment.first_position + first + i);
       const Vector<C> mean = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.mean)[at]);
@@ -461,6 +493,16 @@ class ColumnPass {
     }
   }
 
+  // Σ dh over a block's rows.
+  void add_hidden_sum(const C* hidden_gradient, int64_t count, int64_t r) {
+    for (int64_t j = 0; j < r; j += kLanes<C>) {
+      const C* from = hidden_gradient + j / kPanel<C> * count * kPanel<C> + j % kPanel<C>;
+      Vector<C> sum = load<C>(hidden_sum_ + j);
+      for (int64_t i = 0; i < count; ++i) sum += load<C>(from + i * kPanel<C>);
+      store<C>(hidden_sum_ + j, sum);
+    }
+  }
+
   // dγ += Σ dn ⊙ x̂ and dβ += Σ dn.
   void add_norm_gradient(int64_t count, int64_t columns) {
     for_each_vector<C>(columns, [&](int64_t c, auto extent) {
@@ -482,6 +524,7 @@ class ColumnPass {
       const int64_t at = row(segment, first + i);
       const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
       X* to = static_cast<X*>(p_.grad_x) + at * width_ + column;
+      prefetch_row<true>(segment, first + i, p_.grad_x, column, columns);
       const C* sums = results_.sums + 2 * (segment.first_position + first + i);
       const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
       for_each_vector<C>(columns, [&](int64_t c, auto extent) {
@@ -509,15 +552,24 @@ class ColumnPass {
       for_each_vector<C>(
           r, [&](int64_t j, auto extent) { store<C>(to + j, load<C>(from + j, extent), extent); });
     }
-    for (int64_t j = 0; down && j < r; ++j) {
-      const Vector<C> hidden_sum = splat<C>(pre_ ? hidden_sum_[j] : C(0));
+    constexpr int lanes = kLanes<C>;
+    for (int64_t j = 0; down && j < r; j += lanes) {
+      const int64_t rows = std::min<int64_t>(lanes, r - j);
       for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-        Vector<C> sum = load<C>(down_sum_ + j * kColumns + c);
-        if (pre_) {
-          sum = sum * load<C>(norm_weight_ + c, extent) +
-                hidden_sum * load<C>(norm_bias_ + c, extent);
+        Vector<C> square[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          square[i] = load<C>(down_sum_ + (c + i) * hidden_stride_ + j);
         }
-        store<C>(down + j * width_ + column + c, sum, extent);
+        transpose<C>(square);
+        for (int64_t i = 0; i < rows; ++i) {
+          Vector<C> sum = square[i];
+          if (pre_) {
+            sum = sum * load<C>(norm_weight_ + c, extent) +
+                  splat<C>(hidden_sum_[j + i]) * load<C>(norm_bias_ + c, extent);
+          }
+          store<C>(down + (j + i) * width_ + column + c, sum, extent);
+        }
       });
     }
     for_each_vector<C>(columns, [&](int64_t c, auto extent) {
@@ -578,7 +630,7 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
   }
   if (plan.active_rows == 0) return;
   RowResults<C> results{};
-  results.stride = padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
+  results.stride = padded<C>(std::max<int64_t>(problem.hidden_stride, 1));
   const size_t size = static_cast<size_t>(plan.active_rows * results.stride);
   const std::unique_ptr<C[]> hidden_gradient(new C[size]);
   const std::unique_ptr<C[]> activated(new C[size]);

@@ -161,9 +161,9 @@ class WeightOperand {
       for (int64_t k = 0; k < k_count; k += kBlockK) {
         const int64_t block = std::min(kBlockK, k_count - k);
         pack(first_k + k, block, first_column + column, part);
-        cpu::multiply<C>(
-            rows, part, block, {left.data + k * left.k_stride, left.row_stride, left.k_stride},
-            {memory_, block * kPanel<C>, kPanel<C>}, out + column, out_row, accumulate || k > 0);
+        cpu::multiply<C>(rows, part, block, left.from(0, k),
+                         {memory_, block * kPanel<C>, kPanel<C>}, out + column, out_row,
+                         accumulate || k > 0);
       }
     }
   }

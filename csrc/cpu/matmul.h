@@ -33,12 +33,20 @@ ADAPTER_EXT_HOST_DEVICE int64_t padded(int64_t columns) {
   return panels<C>(columns) * kPanel<C>;
 }
 
-// A left operand: element (row, k) is data[row * row_stride + k * k_stride].
+// A left operand: element (row, k) is data[row * row_stride + k * k_stride], or with k in panels
+// data[row * row_stride + k / kPanel * panel_stride + k % kPanel * k_stride].
 template <class C>
 struct LeftOperand {
   const C* data;
   int64_t row_stride;
   int64_t k_stride;
+  int64_t panel_stride = kPanel<C> * k_stride;
+
+  // The part that starts at a row and at a k, a multiple of the panel width.
+  ADAPTER_EXT_HOST_DEVICE LeftOperand from(int64_t row, int64_t k) const {
+    return {data + row * row_stride + k / kPanel<C> * panel_stride, row_stride, k_stride,
+            panel_stride};
+  }
 };
 
 // A right operand in panels of kPanel columns: element (k, column) of panel p is
@@ -51,19 +59,23 @@ struct RightOperand {
 };
 
 template <class C, int rows, int vectors>
-static void tile(int64_t k_count, const C* a, int64_t a_row, int64_t a_k, const C* b, int64_t b_k,
-                 C* out, int64_t out_row, bool accumulate) {
+static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, C* out,
+                 int64_t out_row, bool accumulate) {
   using V = Vector<C>;
   V sum[rows][vectors] = {};
-  for (int64_t k = 0; k < k_count; ++k) {
-    V right[vectors];
+  for (int64_t panel = 0; panel < k_count; panel += kPanel<C>, left.data += left.panel_stride) {
+    const C* a = left.data;
+    const int64_t end = std::min(kPanel<C>, k_count - panel);
+    for (int64_t k = 0; k < end; ++k, a += left.k_stride, b += b_k) {
+      V right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + k * b_k + v * kLanes<C>);
+      for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
 #pragma GCC unroll 16
-    for (int row = 0; row < rows; ++row) {
-      const V left = splat<C>(a[row * a_row + k * a_k]);
+      for (int row = 0; row < rows; ++row) {
+        const V value = splat<C>(a[row * left.row_stride]);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[row][v] += left * right[v];
+        for (int v = 0; v < vectors; ++v) sum[row][v] += value * right[v];
+      }
     }
   }
 #pragma GCC unroll 16
@@ -77,14 +89,14 @@ static void tile(int64_t k_count, const C* a, int64_t a_row, int64_t a_k, const 
 }
 
 template <class C, int vectors, int rows = kTileRows>
-ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, const C* a,
-                                          int64_t a_row, int64_t a_k, const C* b, int64_t b_k,
-                                          C* out, int64_t out_row, bool accumulate) {
+ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, LeftOperand<C> left,
+                                          const C* b, int64_t b_k, C* out, int64_t out_row,
+                                          bool accumulate) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, rows, vectors>(k_count, a, a_row, a_k, b, b_k, out, out_row, accumulate);
+      tile<C, rows, vectors>(k_count, left, b, b_k, out, out_row, accumulate);
     } else {
-      tile_of_rows<C, vectors, rows - 1>(row_count, k_count, a, a_row, a_k, b, b_k, out, out_row,
+      tile_of_rows<C, vectors, rows - 1>(row_count, k_count, left, b, b_k, out, out_row,
                                          accumulate);
     }
   }
@@ -108,11 +120,9 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand
       const bool narrow = columns - column <= kLanes<C>;
       for (int64_t row = 0; row < rows; row += kTileRows) {
         const int64_t count = std::min<int64_t>(kTileRows, rows - row);
-        const C* a = left.data + row * left.row_stride + k * left.k_stride;
         C* to = out + row * out_row + column;
         const auto run = narrow ? tile_of_rows<C, 1> : tile_of_rows<C, kPanelVectors>;
-        run(count, block, a, left.row_stride, left.k_stride, b, right.k_stride, to, out_row,
-            accumulate || k > 0);
+        run(count, block, left.from(row, k), b, right.k_stride, to, out_row, accumulate || k > 0);
       }
     }
   }
