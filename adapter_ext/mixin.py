@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adapter_ext.registry import class_path, instantiate, resolve_target, to_plain_config
+from adapter_ext.registry import class_path, import_class, instantiate, resolve_target, to_plain_config
 from adapter_ext.strategies import AbstractAdapterStrategy
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class AdapterModuleMixin(ABC):
         """
         types = set()
         for given in adapter_types:
-            found = resolve_target(given, allow_import=True) if isinstance(given, str) else given
+            found = import_class(given) if isinstance(given, str) else given
             if not isinstance(found, type) or not issubclass(found, nn.Module):
                 raise ValueError(f"an adapter type must derive from torch.nn.Module, got {given!r}")
             types.add(found)
@@ -164,7 +164,7 @@ class AdapterModuleMixin(ABC):
         if supported_adapter_types is None:
             supported_adapter_types = self.get_accepted_adapter_types()
         accepted = tuple(supported_adapter_types)
-        found = resolve_target(adapter_cfg.get("_target_", ""), allow_import=True)
+        found = resolve_target(adapter_cfg.get("_target_", ""))
         if accepted and not issubclass(found, accepted):
             names = ", ".join(sorted(map(class_path, accepted)))
             raise ValueError(

@@ -7,7 +7,9 @@ found by name, without importing anything; NeMo's own paths are aliases of ours.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar, cast
 
@@ -56,39 +58,74 @@ def register_target(cls: _Class, *aliases: str) -> _Class:
     return cls
 
 
-def resolve_target(path: str, *, allow_import: bool) -> type:
+# The further classes that a file's configurations may name; None outside of targets_of_a_file.
+_classes_for_file: ContextVar[Mapping[str, type] | None] = ContextVar(
+    "_classes_for_file", default=None
+)
+
+
+@contextmanager
+def targets_of_a_file(classes: Iterable[type] = ()) -> Iterator[None]:
+    """Within this context, configurations come from a file: what they name is not imported.
+
+    Args:
+        classes: what they may name besides the registered classes.
+
+    Raises:
+        ValueError: if one is no ``nn.Module`` or :class:`adapter_ext.AbstractAdapterStrategy`.
+    """
+    named = {class_path(cls): _check_kind(cls, repr(cls)) for cls in classes}
+    token = _classes_for_file.set(named)
+    try:
+        yield
+    finally:
+        _classes_for_file.reset(token)
+
+
+def resolve_target(path: str) -> type:
     """Finds the class that a configuration's ``_target_`` names.
 
     Args:
-        path: dotted path: a registered one, or where allow_import says so that of any ``nn.Module``
-            or :class:`adapter_ext.AbstractAdapterStrategy` subclass.
-        allow_import: True only for a configuration from the user's own code: importing a module
-            runs it. False for one that was read from a file.
+        path: dotted path of a registered class; outside of :func:`targets_of_a_file`, where
+            configurations are of the user's own code, that of any ``nn.Module`` or
+            :class:`adapter_ext.AbstractAdapterStrategy` subclass (importing a module runs it).
 
     Raises:
         ValueError: if path is not of this form, names nothing, or names anything else.
     """
-    if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
-        raise ValueError(f"_target_ must be the dotted path of a class, got {path!r}")
+    if not isinstance(path, str):
+        raise ValueError(f"_target_ must be a dotted path, got {path!r}")
+    classes = _classes_for_file.get()
+    known = {**_targets, **(classes or {})}
+    if path in known:
+        return known[path]
+    if classes is not None:
+        raise ValueError(
+            f"_target_ {path!r} of a file is not registered; registered are "
+            f"{', '.join(sorted(known))}; adapter_ext.register_target adds a class of yours"
+        )
+    return import_class(path)
+
+
+def import_class(path: str) -> type:
+    """The class of a dotted path that the user's own code gave.
+
+    Raises:
+        ValueError: if it names no ``nn.Module`` or :class:`adapter_ext.AbstractAdapterStrategy`.
+    """
     if path in _targets:
         return _targets[path]
-    if not allow_import:
-        raise ValueError(
-            f"_target_ {path!r} is not registered; registered are {', '.join(sorted(_targets))}; "
-            f"adapter_ext.register_target adds a class of yours"
-        )
-    found = _import(path)
-    _check_kind(found, path)
-    return cast(type, found)
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError(f"a class must be named by its dotted path, got {path!r}")
+    return _check_kind(_import(path), path)
 
 
-def instantiate(cfg: Any, *, allow_import: bool = True, **kwargs: Any) -> Any:
+def instantiate(cfg: Any, **kwargs: Any) -> Any:
     """Makes the object that a configuration describes.
 
     Args:
         cfg: a dict, DictConfig or dataclass with ``_target_``, and the class's arguments. Arguments
             that are such configurations themselves (``adapter_strategy``) are instantiated too.
-        allow_import: as in :func:`resolve_target`.
         **kwargs: arguments that go before those of cfg, passed as they are.
 
     Raises:
@@ -98,10 +135,10 @@ def instantiate(cfg: Any, *, allow_import: bool = True, **kwargs: Any) -> Any:
     arguments = to_plain_config(cfg)
     if "_target_" not in arguments:
         raise ValueError(f"the configuration has no _target_; it has {sorted(arguments)}")
-    cls = resolve_target(arguments.pop("_target_"), allow_import=allow_import)
+    cls = resolve_target(arguments.pop("_target_"))
     for key, value in arguments.items():
         if isinstance(value, dict) and "_target_" in value and key not in kwargs:
-            arguments[key] = instantiate(value, allow_import=allow_import)
+            arguments[key] = instantiate(value)
     return cls(**{**arguments, **kwargs})
 
 
@@ -124,12 +161,13 @@ def to_plain_config(cfg: Any) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _check_kind(found: object, name: str) -> None:
+def _check_kind(found: object, name: str) -> type:
     if not isinstance(found, type) or not issubclass(found, (nn.Module, AbstractAdapterStrategy)):
         raise ValueError(
             f"{name} must be a class derived from torch.nn.Module or AbstractAdapterStrategy, "
             f"got {found!r}"
         )
+    return found
 
 
 def _import(path: str) -> object:

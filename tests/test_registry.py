@@ -24,7 +24,7 @@ from adapter_ext import (
     register_target,
     registry,
 )
-from adapter_ext.registry import resolve_target
+from adapter_ext.registry import resolve_target, targets_of_a_file
 
 NEMO = "nemo.core.classes.mixins.adapter_mixin_strategies"
 
@@ -102,7 +102,7 @@ def test_b10_get_registered_adapter_imports_nothing():
 @pytest.mark.parametrize("path", ["", "a..b", "os;system", "../x", "a b", None, 3, ".x", "this."])
 def test_b10_malformed_paths_are_refused_before_any_import(path):
     with pytest.raises(ValueError, match="dotted path"):
-        resolve_target(path, allow_import=True)
+        resolve_target(path)
     assert "this" not in sys.modules
 
 
@@ -125,25 +125,38 @@ def test_b10_only_module_and_strategy_classes_are_targets(path):
 
 def test_b10_unknown_paths():
     with pytest.raises(ValueError, match="no module 'nemo_is_not_here'"):
-        resolve_target("nemo_is_not_here.X", allow_import=True)
+        resolve_target("nemo_is_not_here.X")
     with pytest.raises(ValueError, match="has no 'Nothing'"):
-        resolve_target("torch.nn.Nothing", allow_import=True)
+        resolve_target("torch.nn.Nothing")
 
 
-def test_b9_without_import_only_registered_names_resolve():
-    with pytest.raises(ValueError, match=r"not registered.*adapter_ext\.LinearAdapter"):
-        resolve_target("torch.nn.Linear", allow_import=False)
-    assert resolve_target(LinearAdapterConfig._target_, allow_import=False) is LinearAdapter
-    with pytest.raises(ValueError, match="not registered"):
-        instantiate(
-            {
-                "_target_": "adapter_ext.LinearAdapter",
-                "in_features": 2,
-                "dim": 1,
-                "adapter_strategy": {"_target_": f"{__name__}.Base"},
-            },
-            allow_import=False,
-        )
+def test_b9_of_a_file_only_registered_names_resolve():
+    nested = {
+        "_target_": "adapter_ext.LinearAdapter",
+        "in_features": 2,
+        "dim": 1,
+        "adapter_strategy": {"_target_": f"{__name__}.Base"},
+    }
+    with targets_of_a_file():
+        with pytest.raises(ValueError, match=r"not registered.*adapter_ext\.LinearAdapter"):
+            resolve_target("torch.nn.Linear")
+        assert resolve_target(LinearAdapterConfig._target_) is LinearAdapter
+        with pytest.raises(ValueError, match="not registered"):
+            instantiate(nested)
+    assert resolve_target("torch.nn.Linear") is nn.Linear
+
+
+def test_classes_that_are_given_with_a_file():
+    class Local(nn.Module):
+        pass
+
+    path = f"{__name__}.test_classes_that_are_given_with_a_file.<locals>.Local"
+    with targets_of_a_file([Local]):
+        assert resolve_target(path) is Local
+    with pytest.raises(ValueError, match="dotted path"):
+        resolve_target(path)
+    with pytest.raises(ValueError, match="must be a class"), targets_of_a_file([a_function]):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -158,12 +171,13 @@ def test_b9_without_import_only_registered_names_resolve():
     ],
 )
 def test_aliases(path, cls):
-    assert resolve_target(path, allow_import=False) is cls
+    with targets_of_a_file():
+        assert resolve_target(path) is cls
 
 
 def test_importable_classes_nested_ones_included():
-    assert resolve_target("torch.nn.Linear", allow_import=True) is nn.Linear
-    assert resolve_target(f"{__name__}.Base.Inner", allow_import=True) is Base.Inner
+    assert resolve_target("torch.nn.Linear") is nn.Linear
+    assert resolve_target(f"{__name__}.Base.Inner") is Base.Inner
 
 
 def test_register_target():
@@ -174,7 +188,7 @@ def test_register_target():
     path = f"{__name__}.test_register_target.<locals>.Local"
     assert path in registry._targets
     register_target(Local, "short")
-    assert resolve_target("short", allow_import=False) is Local
+    assert resolve_target("short") is resolve_target(path) is Local
     with pytest.raises(ValueError, match="already registered"):
         register_target(Base, "short")
     with pytest.raises(ValueError, match="must be a class"):

@@ -134,8 +134,10 @@ class Forward {
 
   // hidden = LN(x) downᵀ, or x downᵀ.
   void project_down(int64_t count) {
-    for (int64_t column = 0; column < width_; column += kColumnBlock) {
-      const int64_t columns = std::min(kColumnBlock, width_ - column);
+    // A lone row has the whole buffer: its product reads the weights in their order in memory then.
+    const int64_t block = count > 1 ? kColumnBlock : kMostBlockRows * kColumnBlock;
+    for (int64_t column = 0; column < width_; column += block) {
+      const int64_t columns = std::min(block, width_ - column);
       for (int64_t i = 0; i < count; ++i) {
         C* left = left_ + i * left_stride_;
         if (pre_) {

@@ -233,27 +233,28 @@ static void pack_transposed(const W* from, int64_t stride, int64_t k_count, int6
 }
 
 // ---- Products of one row straight from the stored weights: packing them would cost more than the
-// product. The order of additions is that of multiply().
-
-inline constexpr int kChains = 4;  // vectors of the result at a time: independent, to hide latency
+// product. They go through memory in its order. The order of additions is that of multiply().
 
 // out [columns] (+)= left [k] Wᵀ, W [columns, k].
 template <class C, class W>
 static void multiply_row_transposed(int64_t columns, int64_t k_count, const C* left,
                                     const W* weights, int64_t stride, C* out, bool accumulate) {
   constexpr int lanes = kLanes<C>;
-  // A whole cache line of each row at a time: rows a power of two apart share a cache set.
-  constexpr int64_t line = 64 / sizeof(W), kPrefetch = 8;
-  const auto some_columns = [&]<int vectors>(int64_t column, auto column_extent) {
+  constexpr int64_t line = 64 / sizeof(W);
+  // As many rows at once as a vector has lanes: each is consumed a cache line at a time, since rows
+  // a power of two apart share a cache set, and asked for beforehand, since they are more streams
+  // than the hardware prefetches.
+  constexpr int64_t ahead = 2 * lanes;
+  const auto some_columns = [&](int64_t column, auto column_extent) {
+    const bool prefetch = column + ahead + lanes <= columns;
     for (int64_t block = 0; block < k_count; block += kBlockK) {
       const int64_t end = std::min(block + kBlockK, k_count);
-      Vector<C> sum[vectors] = {};
-      const auto add_square = [&](int64_t k, int v, auto extent) {
-        const W* source = weights + (column + v * lanes) * stride + k;
-        if (k % line == 0) {  // many rows at once are more streams than the hardware prefetches
+      Vector<C> sum = {};
+      const auto add_square = [&](int64_t k, auto extent) {
+        const W* source = weights + column * stride + k;
+        if (prefetch && k % line == 0) {
 #pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i)
-            __builtin_prefetch(source + i * stride + kPrefetch * line);
+          for (int i = 0; i < lanes; ++i) __builtin_prefetch(source + (i + ahead) * stride);
         }
         Vector<C> square[lanes];
 #pragma GCC unroll 16
@@ -271,67 +272,54 @@ static void multiply_row_transposed(int64_t columns, int64_t k_count, const C* l
           if constexpr (std::is_same_v<decltype(extent), PartialVector>) {
             if (i >= extent.count) break;
           }
-          sum[v] += splat<C>(left[k + i]) * square[i];
+          sum += splat<C>(left[k + i]) * square[i];
         }
       };
       int64_t k = block;
       for (; k + line <= end; k += line) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          for (int64_t part = 0; part < line; part += lanes) add_square(k + part, v, FullVector{});
-        }
+        for (int64_t part = 0; part < line; part += lanes) add_square(k + part, FullVector{});
       }
-      for_each_vector<C>(end - k, [&](int64_t offset, auto extent) {
-        for (int v = 0; v < vectors; ++v) add_square(k + offset, v, extent);
-      });
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        C* to = out + column + v * lanes;
-        store<C>(to, accumulate || block > 0 ? load<C>(to) + sum[v] : sum[v]);
-      }
+      for_each_vector<C>(end - k,
+                         [&](int64_t offset, auto extent) { add_square(k + offset, extent); });
+      C* to = out + column;
+      store<C>(to, accumulate || block > 0 ? load<C>(to) + sum : sum);
     }
   };
-  int64_t column = 0;
-  for (; column + kChains * lanes <= columns; column += kChains * lanes) {
-    some_columns.template operator()<kChains>(column, FullVector{});
-  }
-  for (; column + lanes <= columns; column += lanes) {
-    some_columns.template operator()<1>(column, FullVector{});
-  }
-  if (column < columns) {
-    some_columns.template operator()<1>(column, PartialVector{columns - column});
-  }
+  for_each_vector<C>(columns, some_columns);
 }
 
 // out [columns] (+)= left [k] W, W [k, columns].
 template <class C, class W>
 static void multiply_row_same_order(int64_t columns, int64_t k_count, const C* left,
                                     const W* weights, int64_t stride, C* out, bool accumulate) {
-  const auto some_columns = [&]<int vectors>(int64_t column, auto extent) {
+  constexpr int64_t kPart = 1024;  // columns whose sums stay in the first-level cache
+  constexpr int kRows = 8;         // rows of W at a time, each a stream that the hardware prefetches
+  C block_sum[kPart];
+  for (int64_t column = 0; column < columns; column += kPart) {
+    const int64_t part = std::min(kPart, columns - column);
     for (int64_t block = 0; block < k_count; block += kBlockK) {
       const int64_t end = std::min(block + kBlockK, k_count);
-      Vector<C> sum[vectors] = {};
-      for (int64_t k = block; k < end; ++k) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          sum[v] +=
-              splat<C>(left[k]) * load<C>(weights + k * stride + column + v * kLanes<C>, extent);
-        }
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        C* to = out + column + v * kLanes<C>;
-        store<C>(to, accumulate || block > 0 ? load<C>(to) + sum[v] : sum[v]);
+      const bool add = accumulate || block > 0;
+      C* sum = add ? block_sum : out + column;
+      const auto add_rows = [&]<int rows>(int64_t k) {
+        for_each_vector<C>(part, [&](int64_t c, auto extent) {
+          const W* from = weights + k * stride + column + c;
+          Vector<C> v = k == block ? Vector<C>{} : load<C>(sum + c);
+#pragma GCC unroll 8
+          for (int i = 0; i < rows; ++i) {
+            v += splat<C>(left[k + i]) * load<C>(from + i * stride, extent);
+          }
+          store<C>(sum + c, v);
+        });
+      };
+      int64_t k = block;
+      for (; k + kRows <= end; k += kRows) add_rows.template operator()<kRows>(k);
+      for (; k < end; ++k) add_rows.template operator()<1>(k);
+      for (int64_t c = 0; add && c < part; c += kLanes<C>) {
+        store<C>(out + column + c, load<C>(out + column + c) + load<C>(sum + c));
       }
     }
-  };
-  int64_t column = 0;
-  for (; column + kChains * kLanes<C> <= columns; column += kChains * kLanes<C>) {
-    some_columns.template operator()<kChains>(column, FullVector{});
   }
-  for_each_vector<C>(columns - column, [&](int64_t offset, auto extent) {
-    some_columns.template operator()<1>(column + offset, extent);
-  });
 }
 
 }  // namespace ADAPTER_EXT_CPU_LEVEL
