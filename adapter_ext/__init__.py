@@ -7,7 +7,15 @@ from adapter_ext.adapters import (
     LinearAdapter,
     LinearAdapterConfig,
 )
+from adapter_ext.files import FileError
+from adapter_ext.listing import AdapterInfo, AdapterTable
 from adapter_ext.mixin import AdapterModuleMixin
+from adapter_ext.model import ModelPT, NeuralModule
+from adapter_ext.model_mixin import (
+    AdapterModelPTMixin,
+    _prepare_default_adapter_config,
+    update_module_class_with_adapter_class,
+)
 from adapter_ext.ops import linear_adapter, route
 from adapter_ext.registry import (
     AdapterRegistryInfo,
@@ -30,17 +38,24 @@ __all__ = [
     "AbstractAdapterStrategy",
     "AccessMixin",
     "AdapterConfig",
+    "AdapterInfo",
+    "AdapterModelPTMixin",
     "AdapterModuleMixin",
     "AdapterModuleUtil",
     "AdapterRegistryInfo",
+    "AdapterTable",
     "AdapterWeights",
+    "FileError",
     "LinearAdapter",
     "LinearAdapterConfig",
+    "ModelPT",
+    "NeuralModule",
     "ResidualAddAdapterStrategy",
     "ResidualAddAdapterStrategyConfig",
     "ReturnResultAdapterStrategy",
     "ReturnResultAdapterStrategyConfig",
     "Routing",
+    "_prepare_default_adapter_config",
     "adapter_index",
     "get_registered_adapter",
     "instantiate",
@@ -50,4 +65,5 @@ __all__ = [
     "route",
     "route_adapters",
     "set_access_cfg",
+    "update_module_class_with_adapter_class",
 ]

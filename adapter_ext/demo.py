@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 from adapter_ext import doctor
 from adapter_ext.adapters import LinearAdapterConfig
 from adapter_ext.mixin import AdapterModuleMixin
+from adapter_ext.model import ModelPT, NeuralModule
+from adapter_ext.model_mixin import AdapterModelPTMixin
 from adapter_ext.routing import route_adapters
 
 DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -143,7 +144,7 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
-class Block(nn.Module, AdapterModuleMixin):
+class Block(NeuralModule, AdapterModuleMixin):
     """A residual block, followed by its adapters."""
 
     def __init__(self, width: int) -> None:
@@ -163,15 +164,17 @@ class Block(nn.Module, AdapterModuleMixin):
         return y
 
 
-class Network(nn.Module):
-    """Classifies digits ``[..., 64]``."""
+class Network(ModelPT, AdapterModelPTMixin):
+    """Classifies digits ``[..., 64]``; ``cfg`` has the ``width`` and the number of ``blocks``."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.stem = nn.Linear(64, settings.width)
-        self.adapted = [Block(settings.width) for _ in range(settings.blocks)]
+    def __init__(self, cfg: Any, trainer: Any = None) -> None:
+        super().__init__(cfg, trainer)
+        width = self.cfg.width
+        self.stem = nn.Linear(64, width)
+        self.adapted = [Block(width) for _ in range(self.cfg.blocks)]
         self.blocks = nn.Sequential(*self.adapted)
-        self.head = nn.Sequential(nn.LayerNorm(settings.width), nn.Linear(settings.width, 10))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
+        self.setup_adapters()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The logits, ``[..., 10]``."""
@@ -224,7 +227,7 @@ def _run(out: Path, settings: Settings) -> Result:
     print("\nEvery adapter beats the base, and is the same to rounding, trained together or alone.")
 
     files = _write_adapters(together, out / "adapters")
-    _check_files(base, together, files, test, settings)
+    _check_files(base, together, files, test)
     print("Adapter files, read back into a fresh network, give the same outputs, bit for bit.")
 
     timings = _time_serving(base, together, test, settings)
@@ -264,22 +267,29 @@ def _schedule(samples: int, epochs: int, rows: int, seed: int) -> Tensor:
 
 def _train_base(digits: Digits, settings: Settings) -> Network:
     torch.manual_seed(settings.seed)
-    network = Network(settings)
+    network = Network({"width": settings.width, "blocks": settings.blocks})
     schedule = _schedule(len(digits.labels), settings.base_epochs, settings.rows, settings.seed)
     with _bar("Training the base", len(schedule)) as bar:
         _train(network, digits.plain, digits.labels, schedule, settings, bar)
     return network
 
 
+def _frozen(base: Network) -> Network:
+    """A frozen copy of the base."""
+    network = Network(base.cfg)
+    network.load_state_dict(base.state_dict())
+    network.freeze()
+    return network
+
+
 def _with_adapters(base: Network, names: Iterable[str], settings: Settings) -> Network:
     """A copy of the base, frozen, with new adapters; an adapter's weights depend on its name."""
-    network = Network(settings)
-    network.load_state_dict(base.state_dict())
-    network.requires_grad_(False)
+    network = _frozen(base)
     for name in names:
         torch.manual_seed(settings.seed + NAMES.index(name))
-        for block in network.adapted:
-            block.add_adapter(name, LinearAdapterConfig(settings.width, settings.bottleneck))
+        network.add_adapter(name, LinearAdapterConfig(settings.width, settings.bottleneck))
+    network.train()
+    network.unfreeze_enabled_adapters()
     return network
 
 
@@ -370,33 +380,19 @@ def _check_domains(domains: Iterable[DomainResult], digits: int) -> None:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def _adapter_tensors(network: Network, name: str) -> dict[str, Tensor]:
-    """The weights of an adapter, in all blocks, by their names in the network's state dict."""
-    return {k: v for k, v in network.state_dict().items() if f".adapter_layer.{name}." in k}
-
-
 def _write_adapters(network: Network, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.safetensors" for name in NAMES]
     for name, file in zip(NAMES, files, strict=True):
-        safetensors.torch.save_file(_adapter_tensors(network, name), file)
+        network.save_adapters(file, name)
     return files
 
 
-def _read_adapter(network: Network, name: str, file: Path) -> None:
-    tensors = safetensors.torch.load_file(file)
-    if tensors.keys() != _adapter_tensors(network, name).keys():
-        raise DemoError(f"{file} does not hold the weights of adapter {name!r}")
-    network.load_state_dict(tensors, strict=False)
-
-
-def _check_files(
-    base: Network, network: Network, files: Iterable[Path], digits: Digits, settings: Settings
-) -> None:
-    """Reads the files into a fresh network, whose outputs must be the same, bit for bit."""
-    fresh = _with_adapters(base, NAMES, settings)
-    for name, file in zip(NAMES, files, strict=True):
-        _read_adapter(fresh, name, file)
+def _check_files(base: Network, network: Network, files: Iterable[Path], digits: Digits) -> None:
+    """Reads the files into a copy of the base, whose outputs must be the same, bit for bit."""
+    fresh = _frozen(base)
+    for file in files:
+        fresh.load_adapters(file)
     outputs = []
     for model in (network, fresh):
         with torch.inference_mode(), route_adapters(model, NAMES):

@@ -13,14 +13,23 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adapter_ext.registry import class_path, import_class, instantiate, resolve_target, to_plain_config
+from adapter_ext.access import ADAPTER_LOSS, AccessMixin
+from adapter_ext.files import check_adapter_name
+from adapter_ext.listing import AdapterInfo, AdapterTable
+from adapter_ext.registry import (
+    class_path,
+    import_class,
+    instantiate,
+    resolve_target,
+    to_plain_config,
+)
 from adapter_ext.strategies import AbstractAdapterStrategy
 
 if TYPE_CHECKING:
     from adapter_ext.routing import Routes
 
-# nn.ModuleDict refuses a key that is one of its own attributes.
-_RESERVED_KEYS = frozenset(dir(nn.ModuleDict()))
+# What of a module changes as adapters are added, besides adapter_layer.
+_STATE = ("_adapter_cfg", "_enabled_adapters", "_shares_adapter_cfg", "adapter_name", "model_guid")
 
 
 class AdapterModuleMixin(ABC):
@@ -58,8 +67,10 @@ class AdapterModuleMixin(ABC):
     training: bool
 
     _modules: dict[str, nn.Module | None]
+    model_guid: str
     _accepted_adapter_types: set[type]
     _adapter_cfg: DictConfig | None
+    _shares_adapter_cfg = False  # with a whole model, which looks after it
     _enabled_adapters: tuple[str, ...] = ()
     # The routes in force, the innermost last, each with the thread that set it. Plain attributes:
     # torch.compile refuses ContextVar, and reads a thread-local once and for all.
@@ -108,18 +119,11 @@ class AdapterModuleMixin(ABC):
         self.adapter_cfg = config
 
     def _check_new_name(self, name: str) -> None:
-        if name == self.adapter_global_cfg_key:
-            raise ValueError(f"{name!r} is reserved for settings of all adapters")
-        if not name or "." in name or "+" in name:
-            raise ValueError(
-                f"an adapter's name must be non-empty, without '.' or '+'; got {name!r}"
-            )
+        check_adapter_name(name)
         if name in self._adapters():
             raise ValueError(
                 f"an adapter named {name!r} exists already; names here: {list(self._adapters())}"
             )
-        if name in _RESERVED_KEYS:
-            raise ValueError(f"{name!r} can't name an adapter: torch.nn.ModuleDict has that name")
 
     def _match_host(self, adapter: nn.Module) -> None:
         tensors = (*self._host().parameters(), *self._host().buffers())
@@ -127,6 +131,61 @@ class AdapterModuleMixin(ABC):
         if like is not None:
             adapter.to(device=like.device, dtype=like.dtype)
         adapter.train(self.training)
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter of this module.
+
+        Args:
+            name: its name, plain or ``"module:name"``.
+
+        Raises:
+            ValueError: if there is none of that name, or this module belongs to a model that was
+                given the adapter (remove it from the model).
+        """
+        name, config = self._own_adapter(name)
+        self._remove_module(name)
+        with open_dict(config):
+            del config[name]
+        self.adapter_cfg = config
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Renames an adapter of this module; it keeps its place among the others.
+
+        Args:
+            old: its name, plain or ``"module:name"``.
+            new: its new name.
+
+        Raises:
+            ValueError: if there is none of the old name, the new one is taken, reserved or
+                malformed, or this module belongs to a model that was given the adapter.
+        """
+        old, config = self._own_adapter(old)
+        self._check_new_name(new)
+        self._rename_module(old, new)
+        self.adapter_cfg = OmegaConf.create(
+            {new if key == old else str(key): config._get_node(key) for key in config}
+        )
+
+    def _own_adapter(self, name: str) -> tuple[str, DictConfig]:
+        _, name = self.resolve_adapter_module_name_(name)
+        if name not in self._adapters():
+            raise ValueError(
+                f"there is no adapter named {name!r}; there are {list(self._adapters())}"
+            )
+        if self._shares_adapter_cfg:
+            raise ValueError(
+                f"adapter {name!r} was added to a whole model: call this on the model, which may "
+                f"have it in other modules as well"
+            )
+        return name, cast(DictConfig, self.adapter_cfg)
+
+    def _remove_module(self, name: str) -> None:
+        del self.adapter_layer[name]
+
+    def _rename_module(self, old: str, new: str) -> None:
+        adapters = {new if name == old else name: a for name, a in self._adapters().items()}
+        self.adapter_layer.clear()
+        self.adapter_layer.update(adapters)
 
     def set_accepted_adapter_types(self, adapter_types: list[type | str]) -> None:
         """Restricts what may be added here to some classes and their subclasses.
@@ -216,6 +275,22 @@ class AdapterModuleMixin(ABC):
 
         return adapter_index(self._host())
 
+    def list_adapters(self) -> AdapterTable:
+        """The adapters here and in submodules, a row each; print it as a table."""
+        return AdapterTable(
+            AdapterInfo(
+                name=name,
+                where=path,
+                bottleneck=getattr(adapter, "dim", None),
+                activation=getattr(adapter, "activation", None),
+                enabled=name in host._enabled_adapters,
+                parameters=sum(p.numel() for p in adapter.parameters()),
+                trainable=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
+            )
+            for path, host in named_hosts(self._host())
+            for name, adapter in host._adapters().items()
+        )
+
     # --- Enabling ---------------------------------------------------------------------------------
 
     @property
@@ -282,7 +357,7 @@ class AdapterModuleMixin(ABC):
                 notwithstanding, so that they neither change nor compute something else than
                 without adapters. Set a norm's ``track_running_stats`` to True to undo it.
         """
-        hosts = [m for m in self._host().modules() if isinstance(m, AdapterModuleMixin)]
+        hosts = hosts_of(self._host())
         if freeze_batchnorm:
             of_adapters = {
                 m for host in hosts for a in host._adapters().values() for m in a.modules()
@@ -291,8 +366,9 @@ class AdapterModuleMixin(ABC):
                 if isinstance(module, _BatchNorm) and module not in of_adapters:
                     _freeze_batchnorm(module)
         for host in hosts:
-            for name in host.get_enabled_adapters():
-                adapter = host._adapters()[name]
+            for name, adapter in host._adapters().items():
+                if name not in host._enabled_adapters:
+                    continue
                 adapter.train()
                 getattr(adapter, "adapter_unfreeze", adapter.requires_grad_)()
                 for module in adapter.modules():
@@ -351,14 +427,103 @@ class AdapterModuleMixin(ABC):
 
         return route_adapters(self._host(), names)
 
+    # --- Auxiliary losses -------------------------------------------------------------------------
+
+    def adapter_losses(self) -> dict[str, Tensor]:
+        """The auxiliary losses that adapters, here and in submodules, left since the last reset.
+
+        Add them to the loss in each training step, then reset them, which also frees their graphs::
+
+            loss = task_loss + sum(model.adapter_losses().values())
+            model.reset_adapter_losses()
+
+        Returns:
+            A scalar by adapter name, summed over layers; only of adapters that left one.
+        """
+        losses: dict[str, Tensor] = {}
+        for host in hosts_of(self._host()):
+            for name, adapter in host._adapters().items():
+                for tensors in AccessMixin.get_module_registry(adapter).values():
+                    for loss in tensors.get(ADAPTER_LOSS, ()):
+                        losses[name] = losses[name] + loss if name in losses else loss
+        return losses
+
+    def reset_adapter_losses(self) -> None:
+        """Forgets the auxiliary losses of the adapters here and in submodules."""
+        AccessMixin.reset_registry(self, ADAPTER_LOSS)
+
     # --- Helpers ----------------------------------------------------------------------------------
 
     def _host(self) -> nn.Module:
         return cast(nn.Module, self)
 
+    def _share_adapter_cfg(self, cfg: DictConfig, model_guid: str | None) -> None:
+        """Makes the configuration of a whole model this module's."""
+        own = [name for name in self._adapters() if name not in cfg]
+        if own and not self._shares_adapter_cfg:
+            raise ValueError(
+                f"a {type(self).__name__} of this model has adapters {own} that were added to it "
+                f"alone; add them to the model"
+            )
+        self._shares_adapter_cfg = True
+        self.adapter_cfg = cfg
+        if model_guid is not None:
+            # Auxiliary losses are registered under the name by which the model asks for them.
+            self.model_guid = model_guid
+
+    def _adapter_state(self) -> tuple[nn.ModuleDict | None, dict[str, Any], dict[str, Any]]:
+        """What :meth:`_restore_adapter_state` needs to undo changes of this module's adapters."""
+        layer = cast("nn.ModuleDict | None", self._modules.get("adapter_layer"))
+        kept = {key: self.__dict__[key] for key in _STATE if key in self.__dict__}
+        return layer, dict(self._adapters()), kept
+
+    def _restore_adapter_state(
+        self, state: tuple[nn.ModuleDict | None, dict[str, Any], dict[str, Any]]
+    ) -> None:
+        layer, adapters, kept = state
+        if layer is None:
+            self._modules.pop("adapter_layer", None)
+        else:
+            layer._modules.clear()
+            layer._modules.update(adapters)
+            self._modules["adapter_layer"] = layer
+        for key in _STATE:
+            self.__dict__.pop(key, None)
+        self.__dict__.update(kept)
+
     def _adapters(self) -> dict[str, nn.Module]:
         layer = self._modules.get("adapter_layer")
         return {} if layer is None else cast("dict[str, nn.Module]", layer._modules)
+
+
+def hosts_of(module: nn.Module) -> list[AdapterModuleMixin]:
+    """The hosts among a module and its submodules, in the order of ``modules()``.
+
+    Not those within adapters, which get but a part of the batch; adapters may also be many.
+    """
+    hosts: list[AdapterModuleMixin] = []
+    seen: set[nn.Module] = set()
+    pending: list[nn.Module | None] = [module]
+    while pending:
+        current = pending.pop()
+        if current is None or current in seen:
+            continue
+        seen.add(current)
+        children = current._modules
+        if isinstance(current, AdapterModuleMixin):
+            hosts.append(current)
+            children = {k: child for k, child in children.items() if k != "adapter_layer"}
+        if children:
+            pending.extend(reversed(children.values()))
+    return hosts
+
+
+def named_hosts(module: nn.Module) -> list[tuple[str, AdapterModuleMixin]]:
+    """:func:`hosts_of` with their paths."""
+    hosts = hosts_of(module)
+    wanted = set(hosts)
+    paths = {m: path for path, m in module.named_modules() if m in wanted}
+    return [(paths[cast(nn.Module, host)], host) for host in hosts]  # type: ignore[index]
 
 
 def strategy_of(adapter: nn.Module, name: str) -> AbstractAdapterStrategy:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapter_ext import ops
 from adapter_ext.fused import FusedCall, Settings, autocast_dtype
-from adapter_ext.mixin import AdapterModuleMixin, strategy_of
+from adapter_ext.mixin import AdapterModuleMixin, hosts_of, strategy_of
 from adapter_ext.strategies import (
     AbstractAdapterStrategy,
     ResidualAddAdapterStrategy,
@@ -35,7 +35,7 @@ def adapter_index(module: nn.Module) -> dict[str, int]:
         Index by name, in the order of the indices. An adapter that several submodules have by the
         same name has one index. What adapters have themselves is not looked for.
     """
-    return _index(_hosts(module))
+    return _index(hosts_of(module))
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
         ValueError: on entering, if a name or index is unknown, or that of a disabled adapter; in
             forward, if the input does not have as many samples.
     """
-    hosts = _hosts(module)
+    hosts = hosts_of(module)
     routes = (
         _from_indices(names, module, hosts)
         if isinstance(names, Tensor)
@@ -88,28 +88,6 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
             for host in hosts:
                 kept = tuple(e for e in host._adapter_routes if e is not entry)
                 object.__setattr__(host, "_adapter_routes", kept)
-
-
-def _hosts(module: nn.Module) -> list[AdapterModuleMixin]:
-    """The hosts among a module and its submodules, in the order of ``modules()``.
-
-    Not those within adapters, which get but a part of the batch; adapters may also be many.
-    """
-    hosts: list[AdapterModuleMixin] = []
-    seen: set[nn.Module] = set()
-    pending: list[nn.Module | None] = [module]
-    while pending:
-        current = pending.pop()
-        if current is None or current in seen:
-            continue
-        seen.add(current)
-        children = current._modules
-        if isinstance(current, AdapterModuleMixin):
-            hosts.append(current)
-            children = {k: child for k, child in children.items() if k != "adapter_layer"}
-        if children:
-            pending.extend(reversed(children.values()))
-    return hosts
 
 
 def _index(hosts: list[AdapterModuleMixin]) -> dict[str, int]:

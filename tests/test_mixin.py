@@ -147,7 +147,7 @@ def test_item7_state_dict_names(block):
 @pytest.mark.parametrize("name", ["", "a.b", "a+b", "m:", "m:a.b", "global_cfg", "m:global_cfg"])
 def test_b27_malformed_names(name):
     block = Block()
-    with pytest.raises(ValueError, match=r"non-empty, without|reserved"):
+    with pytest.raises(ValueError, match=r"non-empty|can't have|reserved"):
         block.add_adapter(name, config())
     assert not hasattr(block, "adapter_layer")
     assert not hasattr(block, "adapter_cfg")

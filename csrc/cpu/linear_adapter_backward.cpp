@@ -307,9 +307,14 @@ class ColumnPass {
   using C = Accumulate<X>;
 
  public:
-  // A tile's sums over rows stay in a second-level cache; a multiple of every panel width.
-  static constexpr int64_t kColumns = 64;
-  static constexpr int64_t kRows = RowResults<C>::kRows;
+  // A tile's sums over rows stay in a second-level cache. With few rows there is little to keep,
+  // and wide tiles go through the weights and their gradients in longer pieces.
+  static int64_t tile_columns(const Segment& segment) {
+    return segment.rows <= kRows / 4 ? 4 * kColumns : kColumns;
+  }
+  static int64_t tiles(const LinearAdapterBackward& problem, const Segment& segment) {
+    return (problem.hidden_size + tile_columns(segment) - 1) / tile_columns(segment);
+  }
 
   ColumnPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results)
       : p_(problem),
@@ -320,53 +325,62 @@ class ColumnPass {
         width_(problem.hidden_size),
         hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
-    Scratch scratch(
-        1, 2 * Scratch::bytes<C>(r * kColumns) + 2 * Scratch::bytes<C>(kColumns * hidden_stride_) +
-               Scratch::bytes<C>(hidden_stride_) + 4 * Scratch::bytes<C>(kRows * kColumns) +
-               5 * Scratch::bytes<C>(kColumns));
-    packed_down_ = scratch.take<C>(r * kColumns);
-    packed_up_ = scratch.take<C>(r * kColumns);
-    down_sum_ = scratch.take<C>(kColumns * hidden_stride_);
-    up_sum_ = scratch.take<C>(kColumns * hidden_stride_);
+    Scratch scratch(1, 2 * Scratch::bytes<C>(r * kMostColumns) +
+                           2 * Scratch::bytes<C>(kMostColumns * hidden_stride_) +
+                           Scratch::bytes<C>(hidden_stride_) +
+                           4 * Scratch::bytes<C>(kRows * kColumns) +
+                           5 * Scratch::bytes<C>(kMostColumns));
+    packed_down_ = scratch.take<C>(r * kMostColumns);
+    packed_up_ = scratch.take<C>(r * kMostColumns);
+    down_sum_ = scratch.take<C>(kMostColumns * hidden_stride_);
+    up_sum_ = scratch.take<C>(kMostColumns * hidden_stride_);
     hidden_sum_ = scratch.take<C>(hidden_stride_);
     x_ = scratch.take<C>(kRows * kColumns);
     out_ = scratch.take<C>(kRows * kColumns);
     gradient_ = scratch.take<C>(kRows * kColumns);
     product_ = scratch.take<C>(kRows * kColumns);
-    norm_weight_ = scratch.take<C>(kColumns);
-    norm_bias_ = scratch.take<C>(kColumns);
-    norm_weight_sum_ = scratch.take<C>(kColumns);
-    norm_bias_sum_ = scratch.take<C>(kColumns);
-    mask_ = scratch.take<C>(kColumns);
+    norm_weight_ = scratch.take<C>(kMostColumns);
+    norm_bias_ = scratch.take<C>(kMostColumns);
+    norm_weight_sum_ = scratch.take<C>(kMostColumns);
+    norm_bias_sum_ = scratch.take<C>(kMostColumns);
+    mask_ = scratch.take<C>(kMostColumns);
   }
 
   // Some tiles of all segments: a contiguous range, of about equal cost for each task.
   void run(int64_t task, int64_t tasks) {
-    constexpr int64_t tile_cost = 16;  // in rows, of what does not depend on their number
-    const int64_t tiles = (width_ + kColumns - 1) / kColumns;
-    const int64_t total =
-        tiles * (plan_.active_rows + tile_cost * static_cast<int64_t>(plan_.segments.size()));
-    int64_t cost = 0;
+    const auto tile_cost = [](const Segment& segment) {
+      constexpr int64_t fixed = 16;  // in rows, of what does not depend on their number
+      return (segment.rows + fixed) * tile_columns(segment);
+    };
+    int64_t total = 0, cost = 0;
+    for (const Segment& segment : plan_.segments) total += tiles(p_, segment) * tile_cost(segment);
     for (const Segment& segment : plan_.segments) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        if (cost * tasks / total == task) column_tile(segment, tile * kColumns);
-        cost += segment.rows + tile_cost;
+      for (int64_t column = 0; column < width_; column += tile_columns(segment)) {
+        if (cost * tasks / total == task) column_tile(segment, column);
+        cost += tile_cost(segment);
       }
     }
   }
 
   // All columns of one segment.
   void run(const Segment& segment) {
-    for (int64_t column = 0; column < width_; column += kColumns) column_tile(segment, column);
+    for (int64_t column = 0; column < width_; column += tile_columns(segment)) {
+      column_tile(segment, column);
+    }
   }
 
  private:
+  static constexpr int64_t kColumns = 64;  // a multiple of every panel width
+  static constexpr int64_t kMostColumns = 4 * kColumns;
+  static constexpr int64_t kRows = RowResults<C>::kRows;
+
   void column_tile(const Segment& segment, int64_t column) {
     const Wanted wanted(p_, segment.adapter, pre_);
     if (!wanted.anything()) return;
     view_ = adapter_view(p_.adapters, segment.adapter);
     const OutputGradient<C> of_output(p_, plan_, segment);
-    const int64_t r = view_.bottleneck, columns = std::min(kColumns, width_ - column);
+    stride_ = tile_columns(segment);
+    const int64_t r = view_.bottleneck, columns = std::min(stride_, width_ - column);
     const bool wants_out = !pre_ || of_output.penalized();
     const bool wants_x = wanted.down_sum || (pre_ && wanted.input_gradient);
     const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
@@ -385,8 +399,8 @@ class ColumnPass {
                   true, segment.rows, packed_up_);
     }
     std::fill(hidden_sum_, hidden_sum_ + r, C(0));
-    std::fill(norm_weight_sum_, norm_weight_sum_ + kColumns, C(0));
-    std::fill(norm_bias_sum_, norm_bias_sum_ + kColumns, C(0));
+    std::fill(norm_weight_sum_, norm_weight_sum_ + stride_, C(0));
+    std::fill(norm_bias_sum_, norm_bias_sum_ + stride_, C(0));
     for (int64_t first = 0; first < segment.rows; first += kRows) {
       const int64_t count = std::min(kRows, segment.rows - first);
       const int64_t panel_stride = count * kPanel<C>;
@@ -396,23 +410,22 @@ class ColumnPass {
       if (wants_gradient) {
         if (wants_out) {
           up_.multiply(count, 0, r, 0, columns, {activated, kPanel<C>, 1, panel_stride}, out_,
-                       kColumns, false);
+                       stride_, false);
         }
         load_gradient(segment, first, count, column, columns, of_output);
       }
       if (wanted.up_sum) {  // d_up [columns, r] += duᵀ z
-        multiply<C>(columns, r, count, {gradient_, 1, kColumns},
+        multiply<C>(columns, r, count, {gradient_, 1, stride_},
                     {activated, panel_stride, kPanel<C>}, up_sum_, hidden_stride_, first > 0);
       }
       if (wanted.down_sum) {  // Mᵀ [columns, r] += x̂ᵀ dh
-        multiply<C>(columns, r, count, {x_, 1, kColumns},
-                    {hidden_gradient, panel_stride, kPanel<C>}, down_sum_, hidden_stride_,
-                    first > 0);
+        multiply<C>(columns, r, count, {x_, 1, stride_}, {hidden_gradient, panel_stride, kPanel<C>},
+                    down_sum_, hidden_stride_, first > 0);
         if (pre_) add_hidden_sum(hidden_gradient, count, r);
       }
       if (wanted.input_gradient) {
         down_.multiply(count, 0, r, 0, columns, {hidden_gradient, kPanel<C>, 1, panel_stride},
-                       product_, kColumns, false);
+                       product_, stride_, false);
         if (pre_ && wanted.norm) add_norm_gradient(count, columns);
         if (p_.grad_x) store_grad_x(segment, first, count, column, columns);
       }
@@ -445,7 +458,7 @@ class ColumnPass {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = row(segment, first + i);
       const X* from = static_cast<const X*>(p_.x) + at * width_ + column;
-      C* to = x_ + i * kColumns;
+      C* to = x_ + i * stride_;
       prefetch_row(segment, first + i, p_.x, column, columns);
       if (pre_) {
         const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
@@ -466,14 +479,14 @@ class ColumnPass {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = row(segment, first + i);
       const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
-      const C* out = out_ + i * kColumns;
+      const C* out = out_ + i * stride_;
       prefetch_row(segment, first + i, p_.grad_y, column, columns);
       if (masked) dropout_.fill(at, column, columns, mask_);
       const C* sums = results_.sums + 2 * (segment.first_position + first + i);
       const Vector<C> mean = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.mean)[at]);
       const Vector<C> rstd = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.rstd)[at]);
       transform_row<C>(
-          grad_y, columns, gradient_ + i * kColumns,
+          grad_y, columns, gradient_ + i * stride_,
           [&](int64_t c, auto d, auto extent) -> Vector<C> {
             Vector<C> scale = of_output.scale;
             if (masked) scale *= load<C>(mask_ + c, extent);
@@ -509,8 +522,8 @@ class ColumnPass {
       Vector<C> weight_sum = load<C>(norm_weight_sum_ + c);
       Vector<C> bias_sum = load<C>(norm_bias_sum_ + c);
       for (int64_t i = 0; i < count; ++i) {
-        const Vector<C> d = load<C>(product_ + i * kColumns + c, extent);
-        weight_sum += d * load<C>(x_ + i * kColumns + c, extent);
+        const Vector<C> d = load<C>(product_ + i * stride_ + c, extent);
+        weight_sum += d * load<C>(x_ + i * stride_ + c, extent);
         bias_sum += d;
       }
       store<C>(norm_weight_sum_ + c, weight_sum);
@@ -528,9 +541,9 @@ class ColumnPass {
       const C* sums = results_.sums + 2 * (segment.first_position + first + i);
       const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
       for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-        Vector<C> d = load<C>(product_ + i * kColumns + c, extent);
+        Vector<C> d = load<C>(product_ + i * stride_ + c, extent);
         if (pre_) {
-          const Vector<C> normalized = load<C>(x_ + i * kColumns + c, extent);
+          const Vector<C> normalized = load<C>(x_ + i * stride_ + c, extent);
           d = rstd * (d * load<C>(norm_weight_ + c, extent) - splat<C>(sums[0]) -
                       normalized * splat<C>(sums[1]));
         }
@@ -584,6 +597,7 @@ class ColumnPass {
   const Dropout dropout_;
   const bool pre_;
   const int64_t width_, hidden_stride_;
+  int64_t stride_;  // of the tile's buffers
   AdapterView view_;
   WeightOperand<X> down_, up_;
   C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *hidden_sum_, *x_, *out_, *gradient_,
@@ -661,8 +675,8 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
       std::min(parallel.threads, (plan.active_rows + kTileRows - 1) / kTileRows);
   parallel(row_tasks,
            [&](int64_t task) { RowPass<X>(problem, plan, results).run(task, row_tasks); });
-  const int64_t tiles =
-      (problem.hidden_size + ColumnPass<X>::kColumns - 1) / ColumnPass<X>::kColumns * segments;
+  int64_t tiles = 0;
+  for (const Segment& segment : plan.segments) tiles += ColumnPass<X>::tiles(problem, segment);
   const int64_t column_tasks = std::min(parallel.threads, tiles);
   parallel(column_tasks,
            [&](int64_t task) { ColumnPass<X>(problem, plan, results).run(task, column_tasks); });

@@ -1,0 +1,613 @@
+"""The mixin that gives a whole model adapters: configuration, dispatch to modules, files."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor, nn
+
+from adapter_ext import files
+from adapter_ext.mixin import AdapterModuleMixin, hosts_of, named_hosts
+from adapter_ext.registry import (
+    AdapterRegistryInfo,
+    get_registered_adapter,
+    targets_of_a_file,
+    to_plain_config,
+)
+
+_logger = logging.getLogger(__name__)
+
+# A subclass's override of these leaves the model as it was where it fails, too.
+_TRANSACTIONS = (
+    "add_adapter",
+    "load_adapters",
+    "remove_adapter",
+    "rename_adapter",
+    "set_enabled_adapters",
+)
+
+
+class AdapterModelPTMixin(AdapterModuleMixin):
+    """Gives a :class:`adapter_ext.ModelPT` adapters, in its submodules.
+
+    ::
+
+        class Recognizer(ModelPT, AdapterModelPTMixin):
+            def __init__(self, cfg, trainer=None):
+                super().__init__(cfg, trainer)
+                self.encoder = Encoder(self.cfg)  # has blocks that are AdapterModuleMixins
+                self.decoder = Decoder(self.cfg)
+                self.setup_adapters()
+
+            adapter_module_names = ["", "encoder", "decoder"]
+            default_adapter_module_name = "encoder"
+
+
+        model.add_adapter("fr", LinearAdapterConfig(in_features=512, dim=64))
+        model.add_adapter("encoder+decoder:de", LinearAdapterConfig(in_features=512, dim=32))
+
+    A name stands for one adapter in the whole model, ``"fr"`` or with its place ``"encoder:fr"``.
+    The place is one of :attr:`adapter_module_names`, or several of them joined by ``+``. An adapter
+    without one goes to :attr:`default_adapter_module_name`; if that is None, to all named modules
+    but those that ``cfg.adapters.global_cfg.{module}_adapter`` sets to False; if none are named, to
+    the whole model. Within a module it goes to the outermost modules that are AdapterModuleMixins.
+
+    Models written for NeMo override ``add_adapter``, ``set_enabled_adapters``,
+    ``get_enabled_adapters`` and ``is_adapter_available``, call ``super()`` and then their modules.
+    That works: an override takes over from the dispatch above.
+
+    Whatever fails, of adding, loading, removing, renaming and enabling, leaves the model and its
+    configuration as they were.
+
+    The configuration is ``cfg.adapters``, shared with all modules: ``adapters.<name>`` is the
+    adapter's, ``adapters.global_cfg`` holds settings of all, and in there
+    ``adapter_meta_cfg.modules`` the place of each.
+    """
+
+    cfg: DictConfig
+
+    _restoring_adapters = False
+    _in_transaction = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _TRANSACTIONS:
+            if name in cls.__dict__:
+                setattr(cls, name, _in_a_transaction(cls.__dict__[name]))
+
+    # --- Where adapters can be --------------------------------------------------------------------
+
+    @property
+    def adapter_module_names(self) -> list[str]:
+        """The places for adapters: paths of submodules, and ``""``, the default; override it."""
+        return [""]
+
+    @property
+    def default_adapter_module_name(self) -> str | None:
+        """The place that ``""`` means; None means all of them."""
+        return None
+
+    def resolve_adapter_module_name_(self, name: str) -> tuple[str, str]:
+        """Splits a name into place and adapter, see :class:`adapter_ext.AdapterModuleMixin`.
+
+        Raises:
+            TypeError: if name is no str.
+            ValueError: if the place is none of :attr:`adapter_module_names`.
+        """
+        module_name, adapter_name = super().resolve_adapter_module_name_(name)
+        places = self.adapter_module_names
+        if places != [""]:
+            unknown = set(module_name.split("+")).difference(places)
+            if unknown:
+                raise ValueError(
+                    f"{min(unknown)!r} in {name!r} is no place for adapters; there are {places}"
+                )
+        return module_name, adapter_name
+
+    def check_valid_model_with_adapter_support_(self) -> None:
+        """Override to check that the model's modules can have adapters."""
+
+    def _hosts_at(self, module_name: str) -> list[AdapterModuleMixin]:
+        """The modules that get an adapter of this place."""
+        if module_name:
+            places = module_name.split("+")
+        elif self.default_adapter_module_name:
+            places = [self.default_adapter_module_name]
+        else:
+            named = [place for place in self.adapter_module_names if place]
+            settings = self.adapter_cfg.get(self.adapter_global_cfg_key) or {}
+            places = [p for p in named if settings.get(f"{p}_adapter", True)] if named else [""]
+        hosts: dict[AdapterModuleMixin, None] = {}
+        for place in places:
+            found = _outermost_hosts(self._submodule(place), self._host())
+            if not found:
+                raise ValueError(
+                    f"no module of {place!r} is an AdapterModuleMixin; replace_adapter_compatible_"
+                    f"modules swaps registered classes for the versions that are"
+                )
+            hosts.update(dict.fromkeys(found))
+        if not hosts:
+            raise ValueError(
+                f"global_cfg leaves no place for adapters; there are {self.adapter_module_names}"
+            )
+        return list(hosts)
+
+    def _submodule(self, place: str) -> nn.Module:
+        try:
+            return self._host().get_submodule(place)
+        except AttributeError as error:
+            raise ValueError(f"{type(self).__name__} has no module {place!r}") from error
+
+    # --- Configuration ----------------------------------------------------------------------------
+
+    @property
+    def adapter_cfg(self) -> DictConfig:
+        """``cfg.adapters``; an empty configuration if there is none."""
+        adapters = self.cfg.get("adapters")
+        return OmegaConf.create({}) if adapters is None else cast(DictConfig, adapters)
+
+    @adapter_cfg.setter
+    def adapter_cfg(self, cfg: DictConfig | None) -> None:
+        # Part of update_adapter_cfg: the model has no adapters of its own.
+        if cfg is not None and self.cfg.get("adapters") is not cfg:
+            with open_dict(self.cfg):
+                self.cfg.adapters = cfg
+
+    def update_adapter_cfg(self, cfg: DictConfig) -> None:
+        """Shares a configuration of adapters with all modules, which read again what is enabled.
+
+        Args:
+            cfg: ``model.cfg.adapters``; the modules refer to it, they get no copy.
+        """
+        for host in hosts_of(self._host()):
+            if host is not self:
+                host._share_adapter_cfg(cfg, getattr(self, "model_guid", None))
+
+    def setup_adapters(self) -> None:
+        """Adds the adapters that ``cfg.adapters`` names; call it once, last in the constructor.
+
+        Raises:
+            ValueError: if one can't be added.
+        """
+        if not self.adapter_cfg:
+            return
+        self._restoring_adapters = True
+        try:
+            for name in self._known_adapters():
+                cfg = OmegaConf.create(to_plain_config(self.adapter_cfg[name]))
+                module_name = self._metadata().get(name) or ""
+                self.add_adapter(f"{module_name}:{name}" if module_name else name, cfg)
+        finally:
+            del self._restoring_adapters
+
+    def _known_adapters(self) -> list[str]:
+        return [str(key) for key in self.adapter_cfg if key != self.adapter_global_cfg_key]
+
+    def _metadata(self) -> dict[str, str]:
+        settings = self.adapter_cfg.get(self.adapter_global_cfg_key) or {}
+        metadata = settings.get(self.adapter_metadata_cfg_key) or {}
+        return dict(metadata.get("modules") or {})
+
+    def _require(self, name: str) -> str:
+        """The bare name of an adapter that there is, of a plain or a qualified one."""
+        module_name, adapter_name = (
+            self.resolve_adapter_module_name_(name) if ":" in name else ("", name)
+        )
+        if adapter_name not in self._known_adapters():
+            raise ValueError(
+                f"there is no adapter named {adapter_name!r}; there are {self._known_adapters()}"
+            )
+        for place in module_name.split("+") if module_name else ():
+            if not any(adapter_name in h._adapters() for h in hosts_of(self._submodule(place))):
+                raise ValueError(f"adapter {adapter_name!r} is not in {place!r}")
+        return adapter_name
+
+    # --- Adding, enabling, removing ---------------------------------------------------------------
+
+    # Without further arguments: the model could not be restored from its configuration.
+    def add_adapter(self, name: str, cfg: Any) -> None:  # type: ignore[override]
+        """Adds an adapter to the modules of its place; it gets their device and type.
+
+        Args:
+            name: its name, with or without a place, see the class.
+            cfg: dict, DictConfig or dataclass, see :meth:`AdapterModuleMixin.add_adapter`; copied.
+
+        Raises:
+            TypeError: if cfg is of another type, or the adapter refuses its arguments.
+            ValueError: if the name is taken, reserved or malformed, the place is unknown or has no
+                module that can have adapters, or one does not accept this one.
+        """
+        with self._transaction():
+            plain = to_plain_config(cfg)
+            plain.setdefault("enabled", True)
+            module_name, adapter_name = self.resolve_adapter_module_name_(name)
+            files.check_adapter_name(adapter_name)
+            if not self._restoring_adapters and adapter_name in self._known_adapters():
+                raise ValueError(
+                    f"an adapter named {adapter_name!r} exists already, in "
+                    f"{self._metadata().get(adapter_name) or 'the default place'!r}; 'a+b:name' "
+                    f"adds one to several modules"
+                )
+            with open_dict(self.cfg):
+                if self.cfg.get("adapters") is None:
+                    self.cfg.adapters = {}
+                config = _prepare_default_adapter_config(
+                    global_key=self.adapter_global_cfg_key,
+                    meta_key=self.adapter_metadata_cfg_key,
+                    cfg=self.cfg.adapters,
+                )
+                settings = config[self.adapter_global_cfg_key][self.adapter_metadata_cfg_key]
+                settings["modules"][adapter_name] = module_name
+                config[adapter_name] = plain
+            self.update_adapter_cfg(config)
+            self.check_valid_model_with_adapter_support_()
+            if self._is_stock("add_adapter"):
+                for host in self._hosts_at(module_name):
+                    host.add_adapter(adapter_name, plain)
+
+    def is_adapter_available(self) -> bool:
+        """Whether there is any adapter, enabled or not."""
+        return any(host._adapters() for host in hosts_of(self._host()))
+
+    def set_enabled_adapters(self, name: str | None = None, enabled: bool = True) -> None:
+        """Enables or disables an adapter, in all modules that have it.
+
+        Args:
+            name: its name, with or without a place; None means all adapters.
+            enabled: whether it is to run.
+
+        Raises:
+            ValueError: if there are no adapters, or none of that name or in that place.
+        """
+        self.check_valid_model_with_adapter_support_()
+        if not self.is_adapter_available():
+            raise ValueError("there are no adapters: add one with add_adapter first")
+        names = self._known_adapters() if name is None else [self._require(name)]
+        with open_dict(self.adapter_cfg):
+            for key in names:
+                self.adapter_cfg[key]["enabled"] = bool(enabled)
+        self.update_adapter_cfg(self.adapter_cfg)
+
+    def get_enabled_adapters(self) -> list[str]:
+        """The names of the enabled adapters, sorted; ``[]`` to an override, which adds its own."""
+        self.check_valid_model_with_adapter_support_()
+        if not self._is_stock("get_enabled_adapters"):
+            return []
+        hosts = hosts_of(self._host())
+        return sorted(
+            {name for host in hosts for name in AdapterModuleMixin.get_enabled_adapters(host)}
+        )
+
+    def get_adapter_module(self, name: str) -> nn.Module | None:
+        """The adapter of a name; None if there is none.
+
+        Raises:
+            ValueError: if several modules have it: ask one of them.
+        """
+        name = self.resolve_adapter_module_name_(name)[1]
+        found = {
+            path: host._adapters()[name]
+            for path, host in named_hosts(self._host())
+            if name in host._adapters()
+        }
+        if len(found) > 1:
+            raise ValueError(f"several modules have an adapter named {name!r}: {list(found)}")
+        return next(iter(found.values()), None)
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter from the model.
+
+        Args:
+            name: its name, with or without a place.
+
+        Raises:
+            ValueError: if there is none of that name or in that place.
+        """
+        with self._transaction():
+            name = self._require(name)
+            for host in hosts_of(self._host()):
+                if name in host._adapters():
+                    host._remove_module(name)
+            self._change_config(lambda known: None if known == name else known)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Renames an adapter; it keeps its place among the others.
+
+        Args:
+            old: its name, with or without a place.
+            new: its new name, without a place.
+
+        Raises:
+            ValueError: if there is none of the old name, or the new one is taken, reserved or
+                malformed.
+        """
+        with self._transaction():
+            old = self._require(old)
+            files.check_adapter_name(new)
+            if new in self._known_adapters():
+                raise ValueError(f"an adapter named {new!r} exists already")
+            for host in hosts_of(self._host()):
+                if old in host._adapters():
+                    host._rename_module(old, new)
+            self._change_config(lambda known: new if known == old else known)
+
+    def _change_config(self, new_name: Callable[[str], str | None]) -> None:
+        """Renames adapters in the configuration, None removes."""
+        config = cast("dict[str, Any]", OmegaConf.to_container(self.adapter_cfg, resolve=False))
+        settings = config[self.adapter_global_cfg_key][self.adapter_metadata_cfg_key]
+        settings["modules"] = _renamed(settings["modules"], new_name)
+        _refill(
+            self.adapter_cfg,
+            _renamed(config, lambda k: k if k == self.adapter_global_cfg_key else new_name(k)),
+        )
+        self.update_adapter_cfg(self.adapter_cfg)
+
+    # --- Files ------------------------------------------------------------------------------------
+
+    def save_adapters(self, filepath: str | os.PathLike[str], name: str | None = None) -> None:
+        """Writes adapters to a file, without the rest of the model, atomically.
+
+        Args:
+            filepath: the file; ``.safetensors`` is recommended, ``.pt`` is NeMo's format.
+            name: the adapter, with or without a place; None means all.
+
+        Raises:
+            AttributeError: if there are no adapters.
+            ValueError: if there is none of that name or in that place, or the suffix is another.
+        """
+        if not self.is_adapter_available():
+            raise AttributeError("there are no adapters to save: add one with add_adapter first")
+        saved: dict[str, files.SavedAdapter] = {}
+        for key in self._known_adapters() if name is None else [self._require(name)]:
+            hosts = [(p, h) for p, h in named_hosts(self._host()) if key in h._adapters()]
+            if not hosts:
+                raise ValueError(f"adapter {key!r} is in the configuration, but in no module")
+            saved[key] = files.SavedAdapter(
+                name=key,
+                module=self._metadata().get(key) or "",
+                config=to_plain_config(self.adapter_cfg[key]),
+                paths=[path for path, _ in hosts],
+                states=[host._adapters()[key].state_dict() for _, host in hosts],
+            )
+        settings = to_plain_config(self.adapter_cfg[self.adapter_global_cfg_key])
+        settings.pop(self.adapter_metadata_cfg_key, None)
+        files.write_adapters(filepath, files.AdapterFile(saved, settings))
+
+    def load_adapters(
+        self,
+        filepath: str | os.PathLike[str],
+        name: str | None = None,
+        map_location: Any = None,
+        strict: bool = True,
+        classes: Iterable[type] = (),
+    ) -> None:
+        """Adds adapters from a file that :meth:`save_adapters`, or NeMo's, wrote.
+
+        The file runs no code: its adapters and their strategies are of registered classes (see
+        :func:`adapter_ext.register_target`) or of the given ones.
+
+        Args:
+            filepath: the file, ``.safetensors`` or ``.pt``.
+            name: the adapter, with or without its place; None means all in the file.
+            map_location: the device to read to, None for the CPU; the adapters end up on the device
+                and in the type of the modules that they are added to.
+            strict: whether the file must hold the very parameters of an adapter. What it holds must
+                have their shapes in any case.
+            classes: the classes that the file may name besides the registered ones.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            KeyError: if it holds no adapter of that name.
+            ValueError: if the model has an adapter of a name already.
+            adapter_ext.FileError: a ValueError, if the file's content is not as it should be, or
+                does not fit this model.
+        """
+        content = files.read_adapters(filepath, map_location=map_location)
+        where = os.fspath(filepath)
+        with self._transaction(), targets_of_a_file(classes):
+            for saved in _chosen(content, name, where):
+                if saved.name in self._known_adapters():
+                    raise ValueError(
+                        f"{where}: the model has an adapter named {saved.name!r} already; remove "
+                        f"or rename it first"
+                    )
+                try:
+                    self.add_adapter(saved.qualified, OmegaConf.create(saved.config))
+                    self._load_states(saved, strict)
+                except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                    raise files.FileError(
+                        f"{where}: adapter {saved.qualified!r} does not fit this model: {error}"
+                    ) from error
+
+    def _load_states(self, saved: files.SavedAdapter, strict: bool) -> None:
+        hosts = {p: h for p, h in named_hosts(self._host()) if saved.name in h._adapters()}
+        paths = saved.paths
+        if paths is None:  # NeMo's files know the order alone
+            if len(saved.states) != len(hosts):
+                raise ValueError(
+                    f"the file has its weights for {len(saved.states)} modules, the model put it "
+                    f"into {len(hosts)}: {list(hosts)}"
+                )
+            paths = list(hosts)
+        if set(paths) != hosts.keys():
+            raise ValueError(
+                f"the file has its weights for the modules {paths}, the model put it into "
+                f"{list(hosts)}"
+            )
+        for path, state in zip(paths, saved.states, strict=True):
+            adapter = hosts[path]._adapters()[saved.name]
+            _check_shapes(adapter.state_dict(), state, strict, path)
+            adapter.load_state_dict(state, strict=strict)
+
+    # --- Modules that have a version with adapters ------------------------------------------------
+
+    def replace_adapter_compatible_modules(
+        self, update_config: bool = True, verbose: bool = True
+    ) -> None:
+        """Turns modules of registered classes into the versions of these that support adapters.
+
+        All submodules, however deep, of exactly a class that :func:`adapter_ext.register_adapter`
+        knows. A module is changed in place: its class is swapped, no constructor runs.
+
+        Args:
+            update_config: change the classes that ``cfg`` names (``target``, ``_target_``), too.
+            verbose: log each change.
+        """
+        for module in self._host().modules():
+            update_module_class_with_adapter_class(
+                module, self.cfg, update_config=update_config, verbose=verbose
+            )
+
+    # --- Helpers ----------------------------------------------------------------------------------
+
+    def _is_stock(self, method: str) -> bool:
+        return getattr(type(self), method) is getattr(AdapterModelPTMixin, method)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Within the outermost of these contexts, an error undoes all changes to adapters."""
+        if self._in_transaction:
+            yield
+            return
+        hosts = hosts_of(self._host())
+        states = [(host, host._adapter_state()) for host in hosts]
+        config = self.cfg.get("adapters")
+        content = None if config is None else OmegaConf.to_container(config, resolve=False)
+        object.__setattr__(self, "_in_transaction", True)
+        try:
+            yield
+        except BaseException:
+            with open_dict(self.cfg):
+                if config is None:
+                    self.cfg.pop("adapters", None)
+                else:
+                    _refill(config, cast("dict[str, Any]", content))
+                    self.cfg.adapters = config
+            for host, state in states:
+                host._restore_adapter_state(state)
+            if config is not None:
+                self.update_adapter_cfg(self.adapter_cfg)
+            raise
+        finally:
+            object.__delattr__(self, "_in_transaction")
+
+
+def update_module_class_with_adapter_class(
+    module: nn.Module, cfg: DictConfig, update_config: bool = True, verbose: bool = True
+) -> None:
+    """Turns a module into the version of its class that supports adapters, if there is one.
+
+    Args:
+        module: changed in place.
+        cfg: a configuration, changed in place.
+        update_config: change the class's path wherever cfg names it as ``target`` or ``_target_``.
+        verbose: log the change.
+    """
+    info = get_registered_adapter(type(module))
+    if info is None or type(module) is not info.base_class:
+        return
+    module.__class__ = info.adapter_class
+    if verbose:
+        _logger.info("%s became %s", info.base_class_path, info.adapter_class_path)
+    if update_config:
+        with open_dict(cfg):
+            _replace_targets(cfg, info)
+
+
+def _replace_targets(cfg: DictConfig, info: AdapterRegistryInfo) -> None:
+    # The paths that NeMo writes have no qualified names.
+    old = {info.base_class_path, f"{info.base_class.__module__}.{info.base_class.__name__}"}
+    for key in cfg:
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig):
+            if not node._is_none() and not node._is_missing() and not node._is_interpolation():
+                _replace_targets(node, info)
+        elif node is not None and key in ("target", "_target_") and node._value() in old:
+            cfg[key] = info.adapter_class_path
+
+
+def _prepare_default_adapter_config(
+    *, global_key: str, meta_key: str, cfg: DictConfig | None = None
+) -> DictConfig:
+    """Completes a configuration of adapters with the part that says where they are.
+
+    Args:
+        global_key: the key of the settings of all adapters.
+        meta_key: the key in there of the metadata.
+        cfg: changed in place; None makes a new one.
+    """
+    if cfg is None:
+        cfg = OmegaConf.create({})
+    with open_dict(cfg):
+        if cfg.get(global_key) is None:
+            cfg[global_key] = {}
+        if cfg[global_key].get(meta_key) is None:
+            cfg[global_key][meta_key] = {}
+        if cfg[global_key][meta_key].get("modules") is None:
+            cfg[global_key][meta_key]["modules"] = {}
+    return cfg
+
+
+def _in_a_transaction(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: AdapterModelPTMixin, *args: Any, **kwargs: Any) -> Any:
+        with self._transaction():
+            return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _outermost_hosts(module: nn.Module, model: nn.Module) -> list[AdapterModuleMixin]:
+    if module is not model and isinstance(module, AdapterModuleMixin):
+        return [module]
+    found = (_outermost_hosts(child, model) for child in module.children())
+    return [host for hosts in found for host in hosts]
+
+
+def _renamed(mapping: Mapping[str, Any], new_name: Callable[[str], str | None]) -> dict[str, Any]:
+    renamed = ((new_name(key), value) for key, value in mapping.items())
+    return {key: value for key, value in renamed if key is not None}
+
+
+def _refill(config: DictConfig, content: Mapping[str, Any]) -> None:
+    """Replaces the content of a configuration that others refer to."""
+    with open_dict(config):
+        for key in list(config):
+            del config[key]
+        for key, value in content.items():
+            config[key] = value
+
+
+def _chosen(content: files.AdapterFile, name: str | None, where: str) -> list[files.SavedAdapter]:
+    adapters = content.adapters
+    if name is None:
+        return list(adapters.values())
+    for saved in adapters.values():
+        if name in (saved.name, saved.qualified):
+            return [saved]
+    available = [saved.qualified for saved in adapters.values()]
+    raise KeyError(f"{where} holds no adapter named {name!r}; it holds {available}")
+
+
+def _check_shapes(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], strict: bool, path: str
+) -> None:
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if strict and (missing or unexpected):
+        raise ValueError(f"module {path!r}: missing are {missing}, unexpected are {unexpected}")
+    for key in own.keys() & state.keys():
+        if own[key].shape != state[key].shape:
+            raise ValueError(
+                f"module {path!r}: {key} must have shape {list(own[key].shape)}, "
+                f"got {list(state[key].shape)}"
+            )
+        if own[key].is_floating_point() != state[key].is_floating_point():
+            raise ValueError(
+                f"module {path!r}: {key} must be of type {own[key].dtype}, got {state[key].dtype}"
+            )
