@@ -160,7 +160,7 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
         """How the op computes a call of this adapter, in its present state.
 
         Returns:
-            None if the adapter must be called: its ``forward`` is overridden or replaced, a hook is
+            None where it must be called, as its ``forward`` is overridden or replaced, a hook is
             registered on it or on one of its layers, or a layer is not a stock one.
         """
         own = self.__dict__

@@ -23,10 +23,10 @@ from adapter_ext.torch_file import DTYPES, FileError, read_torch_file, reading
 _CONFIG = "model_config.yaml"
 _WEIGHTS = "model_weights.ckpt"
 _MAX_CONFIG_BYTES = 16 * 2**20
-_MAX_MEMBERS = 100_000
+_MAX_MEMBERS = 10_000
 _MAX_DEPTH = 64
 # A node of YAML takes about a kilobyte while it is read.
-_MAX_NODES = 200_000
+_MAX_NODES = 100_000
 # Weights can hardly be compressed; what grows more than this is a bomb.
 _MAX_EXPANSION = 20
 _GZIP = b"\x1f\x8b"
@@ -181,6 +181,9 @@ class _Clamped(io.RawIOBase):
         self._file = file
         self._size = size
 
+    def seekable(self) -> bool:
+        return True
+
     def read(self, size: int = -1) -> bytes:
         rest = max(self._size - self._file.tell(), 0)
         return self._file.read(rest if size < 0 else min(size, rest))
@@ -247,3 +250,5 @@ def _check_yaml(text: str) -> None:
                 f"{_CONFIG} has {event.value!r}: of interpolations only references to other "
                 f"values (${{a.b}}) are allowed in a file"
             )
+    if nodes == 0:
+        raise FileError(f"{_CONFIG} is empty")

@@ -28,9 +28,16 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapter_ext.adapters import LinearAdapter
+from adapter_ext.names import (
+    FILE_CONFIG,
+    FILE_PATHS,
+    GLOBAL_CONFIG,
+    METADATA,
+    check_adapter_name,
+)
 from adapter_ext.registry import class_path
 from adapter_ext.strategies import ResidualAddAdapterStrategy, ReturnResultAdapterStrategy
 from adapter_ext.torch_file import FileError as FileError
@@ -60,13 +67,7 @@ _DTYPES = frozenset(
         torch.bool,
     )
 )
-_CONFIG = "__cfg__"
-_PATHS = "__module_paths__"
-_GLOBAL = "global_cfg"
-_METADATA = "adapter_meta_cfg"
 _LAYER = "adapter_layer"
-# nn.ModuleDict refuses a key that is one of its own attributes.
-_MODULE_DICT_KEYS = frozenset(dir(nn.ModuleDict()))
 _NEMO_STRATEGIES = "nemo.core.classes.mixins.adapter_mixin_strategies"
 _NEMO_PATHS = {
     path: f"{nemo_module}.{cls.__name__}"
@@ -117,25 +118,6 @@ class AdapterFile:
 
     adapters: dict[str, SavedAdapter]
     global_config: dict[str, Any]
-
-
-def check_adapter_name(name: object) -> None:
-    """Checks that an adapter can have a name.
-
-    Raises:
-        ValueError: if name is no non-empty printable str, has ``.``, ``+`` or ``:`` in it, or is
-            reserved (``global_cfg``, attributes of ``nn.ModuleDict``, keys of adapter files).
-    """
-    if not isinstance(name, str) or not name or not name.isprintable():
-        raise ValueError(f"an adapter's name must be a non-empty printable str, got {name!r}")
-    if any(character in name for character in ".+:"):
-        raise ValueError(f"an adapter's name can't have '.', '+' or ':' in it, got {name!r}")
-    if name == _GLOBAL:
-        raise ValueError(f"{name!r} is reserved for settings of all adapters")
-    if name in (_CONFIG, _PATHS):
-        raise ValueError(f"{name!r} is reserved: adapter files have a key of that name")
-    if name in _MODULE_DICT_KEYS:
-        raise ValueError(f"{name!r} can't name an adapter: torch.nn.ModuleDict has that name")
 
 
 def write_adapters(path: str | os.PathLike[str], content: AdapterFile) -> None:
@@ -262,22 +244,18 @@ def _with_tensors(content: AdapterFile, change: Callable[[Tensor], Tensor]) -> A
 
 def _checked(content: AdapterFile) -> AdapterFile:
     """The content with configurations of plain values; FileError if anything is wrong with it."""
-    folded: dict[str, str] = {}
-    adapters = {}
+    adapters: dict[str, SavedAdapter] = {}
     for name, adapter in content.adapters.items():
         try:
-            check_adapter_name(name)
+            check_adapter_name(name, adapters)
         except ValueError as error:
             raise FileError(str(error)) from error
-        other = folded.setdefault(name.casefold(), name)
-        if other != name:
-            raise FileError(f"the adapter names {other!r} and {name!r} differ only by case")
         if adapter.name != name:
             raise FileError(f"adapter {name!r} is called {adapter.name!r} as well")
         adapters[name] = _checked_adapter(adapter)
-    config = _plain_config(content.global_config, _GLOBAL)
-    if not isinstance(config, dict) or _METADATA in config:
-        raise FileError(f"{_GLOBAL} must be a dict without {_METADATA}")
+    config = _plain_config(content.global_config, GLOBAL_CONFIG)
+    if not isinstance(config, dict) or METADATA in config:
+        raise FileError(f"{GLOBAL_CONFIG} must be a dict without {METADATA}")
     return AdapterFile(adapters, config)
 
 
@@ -430,7 +408,7 @@ def _from_safetensors(data: bytes) -> AdapterFile:
     if not isinstance(listed, dict):
         raise FileError("its list of adapters is no JSON object")
     adapters = {name: _listed_adapter(name, entry) for name, entry in listed.items()}
-    content = AdapterFile(adapters, _parse_json(metadata.get("global_cfg", ""), _GLOBAL))
+    content = AdapterFile(adapters, _parse_json(metadata.get("global_cfg", ""), GLOBAL_CONFIG))
     hosts = _hosts(adapters)
     for key, tensor in safetensors.torch.load(data).items():
         state, parameter = _owner(key, hosts)
@@ -547,8 +525,8 @@ def _to_nemo(content: AdapterFile) -> dict[str, Any]:
     config: dict[str, Any] = {
         name: _with_nemo_paths(adapter.config) for name, adapter in content.adapters.items()
     }
-    config[_GLOBAL] = {**content.global_config, _METADATA: {"modules": modules}}
-    return {**saved, _CONFIG: OmegaConf.create(config), _PATHS: paths}
+    config[GLOBAL_CONFIG] = {**content.global_config, METADATA: {"modules": modules}}
+    return {**saved, FILE_CONFIG: OmegaConf.create(config), FILE_PATHS: paths}
 
 
 def _with_nemo_paths(value: Any) -> Any:
@@ -563,16 +541,16 @@ def _with_nemo_paths(value: Any) -> Any:
 
 
 def _from_nemo(saved: Any) -> AdapterFile:
-    if not isinstance(saved, dict) or _CONFIG not in saved:
-        raise FileError(f"it holds no adapters: {_CONFIG}, their configuration, is missing")
-    config = _dict(saved[_CONFIG], _CONFIG)
-    global_config = dict(_dict(config.get(_GLOBAL, {}), _GLOBAL))
-    metadata = _dict(global_config.pop(_METADATA, {}), _METADATA)
-    modules = _dict(metadata.get("modules", {}), f"{_METADATA}.modules")
-    paths = _dict(saved.get(_PATHS, {}), _PATHS)
+    if not isinstance(saved, dict) or FILE_CONFIG not in saved:
+        raise FileError(f"it holds no adapters: {FILE_CONFIG}, their configuration, is missing")
+    config = _dict(saved[FILE_CONFIG], FILE_CONFIG)
+    global_config = dict(_dict(config.get(GLOBAL_CONFIG, {}), GLOBAL_CONFIG))
+    metadata = _dict(global_config.pop(METADATA, {}), METADATA)
+    modules = _dict(metadata.get("modules", {}), f"{METADATA}.modules")
+    paths = _dict(saved.get(FILE_PATHS, {}), FILE_PATHS)
     adapters: dict[str, SavedAdapter] = {}
     for qualified, states in saved.items():
-        if qualified in (_CONFIG, _PATHS):
+        if qualified in (FILE_CONFIG, FILE_PATHS):
             continue
         if not isinstance(qualified, str):
             raise FileError(f"{qualified!r} can't name an adapter")
@@ -580,7 +558,7 @@ def _from_nemo(saved: Any) -> AdapterFile:
         if name in adapters:
             raise FileError(f"two adapters are named {name!r}")
         # NeMo's configuration may have more adapters than were saved.
-        if name not in config or name == _GLOBAL:
+        if name not in config or name == GLOBAL_CONFIG:
             raise FileError(f"the configuration lacks adapter {name!r}")
         if content_of(modules.get(name, "")) != module:
             raise FileError(
@@ -599,7 +577,7 @@ def _from_nemo(saved: Any) -> AdapterFile:
         )
     for qualified in paths:
         if qualified not in saved:
-            raise FileError(f"{_PATHS} has {qualified!r}, which is no adapter of the file")
+            raise FileError(f"{FILE_PATHS} has {qualified!r}, which is no adapter of the file")
     return AdapterFile(adapters, global_config)
 
 

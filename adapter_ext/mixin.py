@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adapter_ext.access import ADAPTER_LOSS, AccessMixin
-from adapter_ext.files import check_adapter_name
 from adapter_ext.listing import AdapterInfo, AdapterTable
+from adapter_ext.names import GLOBAL_CONFIG, METADATA, check_adapter_name
 from adapter_ext.registry import (
     class_path,
     import_class,
@@ -27,6 +27,11 @@ from adapter_ext.strategies import AbstractAdapterStrategy
 
 if TYPE_CHECKING:
     from adapter_ext.routing import Routes
+
+_OF_A_MODEL = (
+    "adapter {!r} was added to a whole model: call this on the model, which may have it in other "
+    "modules as well"
+)
 
 # What of a module changes as adapters are added, besides adapter_layer.
 _STATE = ("_adapter_cfg", "_enabled_adapters", "_shares_adapter_cfg", "adapter_name", "model_guid")
@@ -59,8 +64,8 @@ class AdapterModuleMixin(ABC):
         adapter_name: the name of the adapter that was added last.
     """
 
-    adapter_global_cfg_key = "global_cfg"
-    adapter_metadata_cfg_key = "adapter_meta_cfg"
+    adapter_global_cfg_key = GLOBAL_CONFIG
+    adapter_metadata_cfg_key = METADATA
 
     adapter_layer: nn.ModuleDict
     adapter_name: str
@@ -96,7 +101,7 @@ class AdapterModuleMixin(ABC):
         if self.get_accepted_adapter_types():
             self.check_supported_adapter_type_(OmegaConf.create(plain))
         _, name = self.resolve_adapter_module_name_(name)
-        self._check_new_name(name)
+        check_adapter_name(name, self._adapters())
         enabled = plain.pop("enabled", True)
         if not isinstance(enabled, bool):
             raise ValueError(f"enabled of adapter {name!r} must be a bool, got {enabled!r}")
@@ -117,13 +122,6 @@ class AdapterModuleMixin(ABC):
         self.adapter_layer[name] = adapter
         self.adapter_name = name
         self.adapter_cfg = config
-
-    def _check_new_name(self, name: str) -> None:
-        check_adapter_name(name)
-        if name in self._adapters():
-            raise ValueError(
-                f"an adapter named {name!r} exists already; names here: {list(self._adapters())}"
-            )
 
     def _match_host(self, adapter: nn.Module) -> None:
         tensors = (*self._host().parameters(), *self._host().buffers())
@@ -160,7 +158,7 @@ class AdapterModuleMixin(ABC):
                 malformed, or this module belongs to a model that was given the adapter.
         """
         old, config = self._own_adapter(old)
-        self._check_new_name(new)
+        check_adapter_name(new, [known for known in self._adapters() if known != old or new == old])
         self._rename_module(old, new)
         self.adapter_cfg = OmegaConf.create(
             {new if key == old else str(key): config._get_node(key) for key in config}
@@ -173,10 +171,7 @@ class AdapterModuleMixin(ABC):
                 f"there is no adapter named {name!r}; there are {list(self._adapters())}"
             )
         if self._shares_adapter_cfg:
-            raise ValueError(
-                f"adapter {name!r} was added to a whole model: call this on the model, which may "
-                f"have it in other modules as well"
-            )
+            raise ValueError(_OF_A_MODEL.format(name))
         return name, cast(DictConfig, self.adapter_cfg)
 
     def _remove_module(self, name: str) -> None:
@@ -321,7 +316,8 @@ class AdapterModuleMixin(ABC):
             enabled: whether it is to run.
 
         Raises:
-            ValueError: if there are no adapters, or none of that name.
+            ValueError: if there are no adapters, or none of that name, or this module belongs to a
+                model that was given the adapter (enable it there).
         """
         config = getattr(self, "adapter_cfg", None)
         if config is None or not self.is_adapter_available():
@@ -335,6 +331,10 @@ class AdapterModuleMixin(ABC):
             if name not in known:
                 raise ValueError(f"there is no adapter named {name!r}; there are {known}")
             names = [name]
+        changed = [key for key in names if config[key].get("enabled", True) != bool(enabled)]
+        if changed and self._shares_adapter_cfg:
+            # The model's other modules would go on as before, against their configuration.
+            raise ValueError(_OF_A_MODEL.format(changed[0]))
         with open_dict(config):
             for key in names:
                 config[key]["enabled"] = bool(enabled)

@@ -119,6 +119,14 @@ class ModelPT(NeuralModule):
         self.cfg = cfg
         self._trainer = trainer
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Gives a copy of a model, or one that is unpickled, a guid of its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        old, new = self.model_guid, str(uuid.uuid4())
+        for module in self.modules():
+            if getattr(module, "model_guid", None) == old:
+                setattr(module, "model_guid", new)  # noqa: B010 - it is no attribute of nn.Module
+
     @property
     def cfg(self) -> DictConfig:
         """The configuration; assigning one copies it."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from torch import Tensor, nn
 
 from adapter_ext import files
 from adapter_ext.mixin import AdapterModuleMixin, hosts_of, named_hosts
+from adapter_ext.names import check_adapter_name
 from adapter_ext.registry import (
     AdapterRegistryInfo,
     get_registered_adapter,
@@ -33,8 +35,15 @@ _TRANSACTIONS = (
 )
 
 
+class MissingAdapterError(KeyError):
+    """A file holds no adapter of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would quote it
+
+
 class AdapterModelPTMixin(AdapterModuleMixin):
-    """Gives a :class:`adapter_ext.ModelPT` adapters, in its submodules.
+    """Gives a model, a :class:`adapter_ext.ModelPT`, adapters in its submodules.
 
     ::
 
@@ -60,7 +69,8 @@ class AdapterModelPTMixin(AdapterModuleMixin):
 
     Models written for NeMo override ``add_adapter``, ``set_enabled_adapters``,
     ``get_enabled_adapters`` and ``is_adapter_available``, call ``super()`` and then their modules.
-    That works: an override takes over from the dispatch above.
+    That works: an override of ``add_adapter`` takes over from the dispatch above, and one that
+    hands the adapter to no module gets a warning.
 
     Whatever fails, of adding, loading, removing, renaming and enabling, leaves the model and its
     configuration as they were.
@@ -227,13 +237,9 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             plain = to_plain_config(cfg)
             plain.setdefault("enabled", True)
             module_name, adapter_name = self.resolve_adapter_module_name_(name)
-            files.check_adapter_name(adapter_name)
-            if not self._restoring_adapters and adapter_name in self._known_adapters():
-                raise ValueError(
-                    f"an adapter named {adapter_name!r} exists already, in "
-                    f"{self._metadata().get(adapter_name) or 'the default place'!r}; 'a+b:name' "
-                    f"adds one to several modules"
-                )
+            check_adapter_name(
+                adapter_name, () if self._restoring_adapters else self._known_adapters()
+            )
             with open_dict(self.cfg):
                 if self.cfg.get("adapters") is None:
                     self.cfg.adapters = {}
@@ -265,14 +271,15 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         Raises:
             ValueError: if there are no adapters, or none of that name or in that place.
         """
-        self.check_valid_model_with_adapter_support_()
-        if not self.is_adapter_available():
-            raise ValueError("there are no adapters: add one with add_adapter first")
-        names = self._known_adapters() if name is None else [self._require(name)]
-        with open_dict(self.adapter_cfg):
-            for key in names:
-                self.adapter_cfg[key]["enabled"] = bool(enabled)
-        self.update_adapter_cfg(self.adapter_cfg)
+        with self._transaction():
+            self.check_valid_model_with_adapter_support_()
+            if not self.is_adapter_available():
+                raise ValueError("there are no adapters: add one with add_adapter first")
+            names = self._known_adapters() if name is None else [self._require(name)]
+            with open_dict(self.adapter_cfg):
+                for key in names:
+                    self.adapter_cfg[key]["enabled"] = bool(enabled)
+            self.update_adapter_cfg(self.adapter_cfg)
 
     def get_enabled_adapters(self) -> list[str]:
         """The names of the enabled adapters, sorted; ``[]`` to an override, which adds its own."""
@@ -329,9 +336,8 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         """
         with self._transaction():
             old = self._require(old)
-            files.check_adapter_name(new)
-            if new in self._known_adapters():
-                raise ValueError(f"an adapter named {new!r} exists already")
+            known = [name for name in self._known_adapters() if name != old or new == old]
+            check_adapter_name(new, known)
             for host in hosts_of(self._host()):
                 if old in host._adapters():
                     host._rename_module(old, new)
@@ -469,6 +475,15 @@ class AdapterModelPTMixin(AdapterModuleMixin):
     def _is_stock(self, method: str) -> bool:
         return getattr(type(self), method) is getattr(AdapterModelPTMixin, method)
 
+    def _warn_without_module(self, name: str) -> None:
+        name = self.resolve_adapter_module_name_(name)[1]
+        if not any(name in host._adapters() for host in hosts_of(self._host())):
+            warnings.warn(
+                f"adapter {name!r} is in the configuration, but in no module: an override of "
+                f"add_adapter hands it to modules itself, after super().add_adapter",
+                stacklevel=3,
+            )
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Within the outermost of these contexts, an error undoes all changes to adapters."""
@@ -483,16 +498,13 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         try:
             yield
         except BaseException:
-            with open_dict(self.cfg):
+            with read_write(self.cfg), open_dict(self.cfg):
                 if config is None:
                     self.cfg.pop("adapters", None)
                 else:
                     _refill(config, cast("dict[str, Any]", content))
-                    self.cfg.adapters = config
             for host, state in states:
                 host._restore_adapter_state(state)
-            if config is not None:
-                self.update_adapter_cfg(self.adapter_cfg)
             raise
         finally:
             object.__delattr__(self, "_in_transaction")
@@ -557,8 +569,12 @@ def _prepare_default_adapter_config(
 def _in_a_transaction(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(self: AdapterModelPTMixin, *args: Any, **kwargs: Any) -> Any:
+        outermost = not self._in_transaction
         with self._transaction():
-            return function(self, *args, **kwargs)
+            result = function(self, *args, **kwargs)
+            if outermost and function.__name__ == "add_adapter":
+                self._warn_without_module(args[0] if args else kwargs["name"])
+            return result
 
     return wrapper
 
@@ -579,7 +595,7 @@ def _refill(config: DictConfig, content: Mapping[str, Any]) -> None:
     """Replaces the content of a configuration that others refer to."""
     with open_dict(config):
         for key in list(config):
-            del config[key]
+            config.pop(key)
         for key, value in content.items():
             config[key] = value
 
@@ -592,7 +608,7 @@ def _chosen(content: files.AdapterFile, name: str | None, where: str) -> list[fi
         if name in (saved.name, saved.qualified):
             return [saved]
     available = [saved.qualified for saved in adapters.values()]
-    raise KeyError(f"{where} holds no adapter named {name!r}; it holds {available}")
+    raise MissingAdapterError(f"{where} holds no adapter named {name!r}; it holds {available}")
 
 
 def _check_shapes(

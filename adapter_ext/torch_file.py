@@ -25,7 +25,7 @@ from torch import Tensor
 
 _MAX_PICKLE_BYTES = 64 * 2**20
 # A one-byte instruction can make an object of 64 bytes; a tensor takes some 35 instructions.
-_MAX_INSTRUCTIONS = 2_000_000
+_MAX_INSTRUCTIONS = 1_000_000
 
 _STORAGE_DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -64,7 +64,19 @@ _NODES = {
 # OmegaConf notes the types of values: plain ones, annotations, and NeMo's dataclasses.
 _PLAIN_TYPES = frozenset(
     f"builtins.{name}"
-    for name in ("bool", "bytes", "dict", "float", "int", "list", "object", "set", "str", "tuple")
+    for name in (
+        "Ellipsis",
+        "bool",
+        "bytes",
+        "dict",
+        "float",
+        "int",
+        "list",
+        "object",
+        "set",
+        "str",
+        "tuple",
+    )
 )
 _ANNOTATIONS = frozenset(
     (

@@ -279,10 +279,12 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Asserts that what runs within leaves the model as it was, down to its weights."""
+    """Asserts that what runs within, and fails or not, leaves the model as it was."""
     before, state = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
-    yield
-    after = snapshot(model)
-    for key, value in before.items():
-        assert after[key] == value, key
-    assert_same_tensors(model.state_dict(), state)
+    try:
+        yield
+    finally:
+        after = snapshot(model)
+        for key, value in before.items():
+            assert after[key] == value, key
+        assert_same_tensors(model.state_dict(), state)

@@ -189,13 +189,18 @@ class RowPass {
         up_transposed_.multiply(count, 0, view_.bottleneck, column, columns,
                                 {activated_, hidden_stride_, 1}, out_, stride_, false);
       }
-      for (int64_t i = 0; i < count; ++i) {
-        gradient_row(segment, first + i, column, columns, gradient_ + i * stride_,
-                     out_ + i * stride_);
+      LeftOperand<C> gradient = {gradient_, stride_, 1};
+      if (const C* stored = stored_gradient(segment, first)) {
+        gradient = {stored + column, width_, 1};
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          gradient_row(segment, first + i, column, columns, gradient_ + i * stride_,
+                       out_ + i * stride_);
+        }
       }
       if (wants_hidden_) {
-        up_.multiply(count, column, columns, 0, view_.bottleneck, {gradient_, stride_, 1},
-                     hidden_gradient_, hidden_stride_, column > 0);
+        up_.multiply(count, column, columns, 0, view_.bottleneck, gradient, hidden_gradient_,
+                     hidden_stride_, column > 0);
       }
     }
     if (wants_hidden_) finish_hidden(segment, first, count);
@@ -215,6 +220,17 @@ class RowPass {
         });
       }
     });
+  }
+
+  // do of the rows from the first on where it is dy as it is stored, else null.
+  const C* stored_gradient(const Segment& segment, int64_t first) const {
+    if constexpr (std::is_same_v<X, C>) {
+      const bool changed = !pre_ || wants_out_ || dropout_.active() || plan_.depth_scale != 1.0;
+      if (!changed && !segment.samples.list) {
+        return static_cast<const C*>(p_.grad_y) + row(segment, first) * width_;
+      }
+    }
+    return nullptr;
   }
 
   // do of some columns (pre), or du of a whole row (post).

@@ -1,0 +1,633 @@
+"""AdapterModelPTMixin beyond NeMo's API: undoing failures, renaming, losses, tables, files."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from layer_testing import randomize
+from model_testing import (
+    DECODER_BLOCKS,
+    ENCODER_BLOCKS,
+    KINDS,
+    NAMES,
+    WIDTH,
+    Block,
+    OverridingModel,
+    StockModel,
+    adapter_config,
+    adapter_state,
+    add,
+    assert_same_tensors,
+    inputs,
+    make_model,
+    model_config,
+    plainly,
+    snapshot,
+    unchanged,
+    where,
+)
+from omegaconf import OmegaConf
+from omegaconf.errors import ReadonlyConfigError
+from torch import nn
+
+import adapter_ext
+from adapter_ext import (
+    AbstractAdapterStrategy,
+    AccessMixin,
+    AdapterModelPTMixin,
+    AdapterModuleMixin,
+    FileError,
+    LinearAdapter,
+    LinearAdapterConfig,
+    ResidualAddAdapterStrategyConfig,
+    files,
+    register_target,
+    route_adapters,
+)
+from adapter_ext.model_mixin import AdapterModelPTMixin as Mixin
+
+PACKAGE = adapter_ext.__path__[0]
+SUFFIXES = (".safetensors", ".pt")
+
+
+# --- Every step can fail --------------------------------------------------------------------------
+
+
+class InjectedError(Exception):
+    pass
+
+
+@contextmanager
+def failing_at_call(number):
+    """The number-th call of one of the package's Python functions raises instead."""
+    calls = 0
+
+    def profile(frame, event, argument):
+        nonlocal calls
+        code = frame.f_code
+        # _transaction is what undoes, and is entered again as its context ends; so are generators.
+        if (
+            event == "call"
+            and code.co_filename.startswith(PACKAGE)
+            and code.co_name not in ("_transaction", "<genexpr>")
+        ):
+            calls += 1
+            if calls == number:
+                sys.setprofile(None)
+                raise InjectedError
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def other_model(kind, path, suffix, *names):
+    model = make_model(kind, *names, seed=5)
+    model.save_adapters(path / f"other{suffix}")
+    return path / f"other{suffix}"
+
+
+OPERATIONS = {
+    "add": lambda model, path: model.add_adapter("a", adapter_config(dim=2)),
+    "add to both": lambda model, path: model.add_adapter("encoder+decoder:a", adapter_config()),
+    "enable": lambda model, path: model.set_enabled_adapters("a10", False),
+    "rename": lambda model, path: model.rename_adapter("a1", "first"),
+    "remove": lambda model, path: model.remove_adapter("a1"),
+    "load": lambda model, path: model.load_adapters(path / "other.safetensors"),
+    "load .pt": lambda model, path: model.load_adapters(path / "other.pt"),
+}
+
+
+def goes_through(model, operation, path, number):
+    """Whether an operation has fewer steps than number; if not, nothing may have changed."""
+    before, state = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        with failing_at_call(number):
+            operation(model, path)
+    except (InjectedError, FileError):
+        assert snapshot(model) == before
+        assert_same_tensors(model.state_dict(), state)
+        return False
+    assert snapshot(model) != before
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_whatever_step_fails_the_model_is_as_it_was(kind, operation, tmp_path):
+    for suffix in SUFFIXES:
+        other_model(kind, tmp_path, suffix, "decoder:b", "encoder+decoder:c")
+    model = make_model(kind, "a1", "encoder+decoder:a10", "decoder:x1")
+    number = 1
+    while not goes_through(model, operation, tmp_path, number):
+        number += 1 + number // 12  # there are hundreds of steps, thousands where a file is read
+    assert number > 10
+    x = inputs()
+    torch.testing.assert_close(model(x), plainly(model, x)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_an_override_that_fails_at_its_second_module(monkeypatch):
+    model = make_model(OverridingModel, "encoder+decoder:a1")
+
+    def fail(name, cfg):
+        raise OSError("out of memory")
+
+    monkeypatch.setattr(model.decoder, "add_adapter", fail)
+    with unchanged(model), pytest.raises(OSError, match="out of memory"):
+        model.add_adapter("encoder+decoder:b", adapter_config())
+
+
+# --- Names and places -----------------------------------------------------------------------------
+
+
+class Everywhere(StockModel):
+    """No names, no default: adapters go wherever they can."""
+
+    @property
+    def adapter_module_names(self):
+        return [""]
+
+    default_adapter_module_name = None
+
+
+class Named(StockModel):
+    """Names, no default."""
+
+    default_adapter_module_name = None
+
+
+def test_where_an_adapter_without_a_place_goes():
+    assert where(make_model(StockModel, "a"), "a") == ENCODER_BLOCKS
+    assert where(make_model(Everywhere, "a"), "a") == ENCODER_BLOCKS + DECODER_BLOCKS
+    assert where(make_model(Named, "a"), "a") == ENCODER_BLOCKS + DECODER_BLOCKS
+    assert where(make_model(Named, "a", encoder_adapter=False), "a") == DECODER_BLOCKS
+    assert where(make_model(Everywhere, "decoder:a"), "a") == DECODER_BLOCKS
+    assert where(make_model(Everywhere, "decoder.blocks.1:a"), "a") == DECODER_BLOCKS[1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "name", "words"),
+    [
+        (Everywhere, {}, "head:a", "has no module 'head'"),
+        (Everywhere, {}, "encoder.blocks.0.linear:a", "is an AdapterModuleMixin"),
+        (StockModel, {}, "encoder+head:a", "'head' in 'encoder.head:a' is no place for adapters"),
+        (Named, {"encoder_adapter": False, "decoder_adapter": False}, "a", "leaves no place"),
+    ],
+)
+def test_places_that_can_not_be(kind, flags, name, words):
+    model = make_model(kind, **flags)
+    with unchanged(model), pytest.raises(ValueError, match=words):
+        model.add_adapter(name, adapter_config())
+
+
+def test_the_default_place_may_have_no_module_for_adapters():
+    model = StockModel(model_config(Block))
+    with unchanged(model), pytest.raises(ValueError, match="replace_adapter_compatible_modules"):
+        model.add_adapter("a", adapter_config())
+    model.replace_adapter_compatible_modules(verbose=False)
+    model.add_adapter("a", adapter_config())
+    assert where(model, "a") == ENCODER_BLOCKS
+
+
+def test_a_module_with_adapters_of_its_own_is_not_taken_over():
+    model = make_model(StockModel)
+    model.encoder.blocks[1].add_adapter("own", adapter_config())
+    with unchanged(model), pytest.raises(ValueError, match=r"\['own'\] that were added to it"):
+        model.add_adapter("a", adapter_config())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda block: block.remove_adapter("a"),
+        lambda block: block.rename_adapter("a", "b"),
+        lambda block: block.set_enabled_adapters("a", False),
+        lambda block: block.set_enabled_adapters(enabled=False),
+    ],
+)
+def test_a_module_leaves_adapters_of_its_model_alone(kind, call):
+    model = make_model(kind, "encoder+decoder:a")
+    with unchanged(model), pytest.raises(ValueError, match="call this on the model"):
+        call(model.encoder.blocks[0])
+
+
+def test_an_override_that_hands_on_nothing_gets_a_warning():
+    class Forgetful(StockModel):
+        def add_adapter(self, name, cfg):
+            super().add_adapter(name, cfg)
+
+    model = Forgetful(model_config())
+    with pytest.warns(UserWarning, match="adapter 'a' is in the configuration, but in no module"):
+        model.add_adapter("a", adapter_config())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_that_is_read_only(kind):
+    model = make_model(kind, "a1")
+    OmegaConf.set_readonly(model.cfg, True)
+    for call in (
+        lambda: model.add_adapter("b", adapter_config()),
+        lambda: model.rename_adapter("a1", "b"),
+        lambda: model.remove_adapter("a1"),
+        lambda: model.set_enabled_adapters("a1", False),
+    ):
+        with unchanged(model), pytest.raises(ReadonlyConfigError):
+            call()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.remove_adapter("nope"), r"no adapter named 'nope'; there are \['a1', 'a10'\]"),
+        (lambda m: m.remove_adapter("decoder:a1"), "'a1' is not in 'decoder'"),
+        (lambda m: m.set_enabled_adapters("decoder:a1"), "'a1' is not in 'decoder'"),
+        (lambda m: m.rename_adapter("nope", "b"), "no adapter named 'nope'"),
+        (lambda m: m.rename_adapter("a1", "a10"), "'a10' exists already"),
+        (lambda m: m.rename_adapter("a1", "a1"), "'a1' exists already"),
+        (lambda m: m.rename_adapter("a1", "encoder:b"), "can't have"),
+        (lambda m: m.rename_adapter("a1", "global_cfg"), "reserved"),
+        (lambda m: m.save_adapters("x.pt", "a"), "no adapter named 'a'"),
+    ],
+)
+def test_names_that_are_not_there(kind, call, words):
+    model = make_model(kind, "a1", "encoder+decoder:a10")
+    with unchanged(model), pytest.raises(ValueError, match=words):
+        call(model)
+
+
+def test_names_that_differ_by_case_alone():
+    model = make_model(StockModel, "fr")
+    module = model.encoder.blocks[0]
+    with unchanged(model), pytest.raises(ValueError, match="'fr' and 'FR' differ by case only"):
+        model.add_adapter("decoder:FR", adapter_config())
+    with unchanged(model), pytest.raises(ValueError, match="'fr' and 'Fr' differ by case only"):
+        AdapterModuleMixin.add_adapter(module, "Fr", adapter_config())
+    model.rename_adapter("fr", "FR")
+    assert where(model, "FR") == ENCODER_BLOCKS
+
+
+# --- Removing and renaming ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_remove_is_exact(kind, name):
+    model = make_model(kind, *(f"encoder+decoder:{n}" for n in NAMES))
+    want = make_model(kind, *(f"encoder+decoder:{n}" for n in NAMES if n != name))
+    model.remove_adapter(name)
+    assert model.cfg == want.cfg
+    assert_same_tensors(model.state_dict(), want.state_dict())
+    assert torch.equal(model(inputs()), want(inputs()))
+    add(model, f"encoder+decoder:{name}")  # the name is free again
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_rename_is_exact_and_keeps_the_order(kind, name, tmp_path):
+    model = make_model(kind, *(f"encoder+decoder:{n}" for n in NAMES))
+    x = inputs()
+    want, state = model(x), adapter_state(model, name)
+    model.rename_adapter(f"encoder:{name}", "a100")
+    assert torch.equal(model(x), want)  # the order in which adapters run is the same
+    names = ["a100" if n == name else n for n in NAMES]
+    assert [n for n in model.cfg.adapters if n != "global_cfg"] == names
+    assert list(model.encoder.blocks[0].adapter_layer) == names
+    renamed = adapter_state(model, "a100")
+    assert all(map(torch.equal, renamed.values(), state.values()))
+    model.save_adapters(tmp_path / "a.safetensors", "a100")
+    fresh = make_model(kind)
+    fresh.load_adapters(tmp_path / "a.safetensors")
+    assert_same_tensors(adapter_state(fresh, "a100"), renamed)
+
+
+def test_remove_and_rename_in_a_single_module():
+    module = make_model(StockModel).encoder.blocks[0]
+    for name in NAMES:
+        module.add_adapter(name, adapter_config())
+    module.set_enabled_adapters("x1", False)
+    module.rename_adapter("x1", "x")
+    module.remove_adapter("m:a1")
+    assert list(module.adapter_layer) == list(module.adapter_cfg) == ["a10", "module", "x", "1"]
+    assert module.get_enabled_adapters() == ["a10", "module", "1"]
+    with pytest.raises(ValueError, match=r"no adapter named 'a1'; there are \['a10', "):
+        module.remove_adapter("a1")
+    with pytest.raises(ValueError, match="'x' exists already"):
+        module.rename_adapter("a10", "x")
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def test_list_adapters():
+    model = make_model(StockModel, "a1")
+    add(model, "decoder:relu", activation="relu", dim=2)
+    model.set_enabled_adapters("a1", False)
+    for parameter in model.decoder.blocks[1].adapter_layer["relu"].module[0].parameters():
+        parameter.requires_grad_(False)
+    table = model.list_adapters()
+    of_a1, of_relu = 2 * WIDTH + 2 * 3 * WIDTH, 2 * WIDTH + 2 * 2 * WIDTH
+    assert table == [
+        *(("a1", path, 3, "swish", False, of_a1, of_a1) for path in ENCODER_BLOCKS),
+        ("relu", DECODER_BLOCKS[0], 2, "relu", True, of_relu, of_relu),
+        ("relu", DECODER_BLOCKS[1], 2, "relu", True, of_relu, of_relu - 2 * WIDTH),
+    ]
+    header, first, *_ = str(table).splitlines()
+    assert header.split() == list(adapter_ext.AdapterInfo._fields)
+    assert first.split() == ["a1", ENCODER_BLOCKS[0], "3", "swish", "no", str(of_a1), str(of_a1)]
+    assert [len(line.split()) for line in str(table).splitlines()] == [7] * 6
+
+
+# --- Auxiliary losses -----------------------------------------------------------------------------
+
+
+def with_losses(kind):
+    model = make_model(kind)
+    for name, l2_lambda in (("a1", 0.25), ("encoder+decoder:a10", 0.5), ("decoder:x1", 0.0)):
+        add(model, name, adapter_strategy=ResidualAddAdapterStrategyConfig(l2_lambda=l2_lambda))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_summed_over_layers(kind):
+    model, x = with_losses(kind), inputs()
+    y, deltas = plainly(model, x)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+    losses = model.adapter_losses()
+    assert losses.keys() == {"a1", "a10"}
+    for name, l2_lambda in (("a1", 0.25), ("a10", 0.5)):
+        want = sum(l2_lambda * d.square().sum() / len(x) for d in deltas[name])
+        torch.testing.assert_close(losses[name], want, rtol=1e-4, atol=1e-6)
+    down = model.encoder.blocks[0].adapter_layer["a1"].module[1].weight
+    (gradient,) = torch.autograd.grad(sum(losses.values()), down)
+    assert gradient.abs().max() > 0
+    model.reset_adapter_losses()
+    assert model.adapter_losses() == {}
+
+
+@pytest.mark.parametrize("loop", ["ours", "NeMo's"])
+def test_b2_memory_does_not_grow_over_200_steps(loop):
+    model, x = with_losses(StockModel), inputs()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step():
+        loss = model(x).square().mean()
+        if loop == "ours":
+            extra = model.adapter_losses()
+            assert extra.keys() == {"a1", "a10"}
+            loss = loss + sum(extra.values())
+            model.reset_adapter_losses()
+        else:
+            assert AccessMixin.is_access_enabled(model.model_guid)
+            registry = AccessMixin.get_module_registry(model)
+            assert len(registry) == 2 * len(ENCODER_BLOCKS) + len(DECODER_BLOCKS)
+            loss = loss + sum(sum(r["adapter_loss"]) for r in registry.values())
+            AccessMixin.reset_registry(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    for _ in range(3):
+        step()
+    before = tensors()
+    for _ in range(200):
+        step()
+    assert tensors() == before
+
+
+# --- Device and type ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_new_and_loaded_adapters_follow_the_host(suffix, tmp_path):
+    source = other_model(StockModel, tmp_path, suffix, "a")
+    model = make_model(StockModel).to(torch.bfloat16)
+    model.load_adapters(source)
+    add(model, "decoder:b")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    want = adapter_state(make_model(StockModel, "a", seed=5), "a")
+    for key, value in adapter_state(model, "a").items():
+        assert torch.equal(value, want[key].bfloat16())
+    on_meta = make_model(StockModel).to("meta")
+    add(on_meta, "b")
+    assert {p.device.type for p in on_meta.parameters()} == {"meta"}
+
+
+# --- Routing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routing_reaches_all_modules(kind):
+    model = make_model(kind, "encoder+decoder:a1", "decoder:a10", "encoder:x1")
+    rows = [None, "a10", "a1", "x1", "a1"]
+    x = inputs(len(rows))
+    with route_adapters(model, rows):
+        y = model(x)
+    for row, name in enumerate(rows):
+        model.set_enabled_adapters(enabled=False)
+        if name:
+            model.set_enabled_adapters(name, True)
+        torch.testing.assert_close(
+            y[row], plainly(model, x[row : row + 1])[0][0], rtol=1e-4, atol=1e-4
+        )
+
+
+# --- Files that fit, and files that do not --------------------------------------------------------
+
+
+class Scale(AbstractAdapterStrategy):
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def forward(self, input, adapter, *, module):
+        return input + self.factor * adapter(input)
+
+
+class OwnAdapter(LinearAdapter):
+    pass
+
+
+def path_of(cls):
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("where_named", ["adapter", "strategy"])
+def test_classes_of_the_users(suffix, where_named, tmp_path, monkeypatch):
+    cfg = adapter_config()
+    if where_named == "adapter":
+        cfg._target_ = path_of(OwnAdapter)
+        needed = OwnAdapter
+    else:
+        cfg.adapter_strategy = {"_target_": path_of(Scale), "factor": 0.5}
+        needed = Scale
+    source = make_model(StockModel)
+    source.add_adapter("a", cfg)
+    for host in source.encoder.blocks:
+        randomize(host.adapter_layer["a"], 3)
+    file = tmp_path / f"a{suffix}"
+    source.save_adapters(file)
+    model = make_model(StockModel)
+    with unchanged(model), pytest.raises(FileError, match=r"adapter 'a'.*register_target"):
+        model.load_adapters(file)
+    model.load_adapters(file, classes=[needed])
+    assert torch.equal(model(inputs()), source(inputs()))
+    model.remove_adapter("a")
+    monkeypatch.setattr(adapter_ext.registry, "_targets", dict(adapter_ext.registry._targets))
+    register_target(needed)
+    model.load_adapters(file)
+    assert torch.equal(model(inputs()), source(inputs()))
+    with pytest.raises(ValueError, match="must be a class derived from"):
+        model.load_adapters(file, classes=[print])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "target", ["os.system", "torch.load", "torch.nn.Linear", "builtins.eval", "no.such.Class"]
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_a_file_names_is_not_imported(suffix, target, nested, tmp_path, monkeypatch):
+    source = make_model(StockModel, "a")
+    place = source.cfg.adapters.a.adapter_strategy if nested else source.cfg.adapters.a
+    place["_target_"] = target
+    source.save_adapters(tmp_path / f"a{suffix}")
+    model = make_model(StockModel)
+    monkeypatch.setattr("importlib.import_module", pytest.fail)
+    with unchanged(model), pytest.raises(FileError, match=f"'a'.*'{target}'.*not registered"):
+        model.load_adapters(tmp_path / f"a{suffix}")
+
+
+def changed(source, target, change):
+    """Copies an adapter file with something changed."""
+    content = files.read_adapters(source)
+    files.write_adapters(target, change(content.adapters["a"], content))
+    return target
+
+
+def with_states(change):
+    def of_file(saved, content):
+        for state in saved.states:
+            change(state)
+        return content
+
+    return of_file
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            with_states(lambda state: state.update({"module.1.weight": torch.ones(4, WIDTH)})),
+            rf"module 'encoder.blocks.0': module.1.weight must have shape \[3, {WIDTH}\], "
+            rf"got \[4, {WIDTH}\]",
+        ),
+        (
+            with_states(lambda state: state.pop("module.0.bias")),
+            r"module 'encoder.blocks.0': missing are \['module.0.bias'\]",
+        ),
+        (
+            with_states(lambda state: state.update(extra=torch.ones(1))),
+            r"module 'encoder.blocks.0': .*unexpected are \['extra'\]",
+        ),
+        (
+            with_states(lambda state: state.update({"module.0.bias": torch.ones(WIDTH).long()})),
+            "module.0.bias must be of type torch.float32, got torch.int64",
+        ),
+        (lambda saved, content: saved.config.update(dim=0) or content, "dim must be at least 1"),
+        (lambda saved, content: saved.config.update(nonsense=1) or content, "nonsense"),
+    ],
+    ids=["shape", "missing", "unexpected", "type", "argument", "unknown argument"],
+)
+def test_content_that_does_not_fit(suffix, change, words, tmp_path):
+    source = other_model(StockModel, tmp_path, suffix, "a")
+    model = make_model(StockModel, "a1")
+    file = changed(source, tmp_path / f"changed{suffix}", change)
+    with unchanged(model), pytest.raises(FileError, match=f"changed{suffix}: adapter 'a'.*{words}"):
+        model.load_adapters(file)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_of_another_model(suffix, tmp_path):
+    class Deeper(StockModel):
+        pass
+
+    cfg = model_config()
+    cfg.encoder.depth += 1
+    other = Deeper(cfg)
+    other.add_adapter("a", adapter_config())
+    other.save_adapters(tmp_path / f"a{suffix}")
+    model = make_model(StockModel)
+    with unchanged(model), pytest.raises(FileError, match=r"'a'.*encoder\.blocks\.3.*model put it"):
+        model.load_adapters(tmp_path / f"a{suffix}")
+
+
+def test_states_without_strict(tmp_path):
+    source = other_model(StockModel, tmp_path, ".pt", "a")
+    drop = with_states(lambda state: state.pop("module.0.bias"))
+    file = changed(source, tmp_path / "less.pt", drop)
+    model = make_model(StockModel)
+    model.load_adapters(file, strict=False)
+    want = adapter_state(make_model(StockModel, "a", seed=5), "a")
+    for key, value in adapter_state(model, "a").items():
+        assert torch.equal(value, torch.zeros(WIDTH) if key.endswith("0.bias") else want[key])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_adapter_of_that_name_is_not_replaced(suffix, tmp_path):
+    source = other_model(StockModel, tmp_path, suffix, "a", "a1")
+    model = make_model(StockModel, "decoder:a1")
+    with unchanged(model), pytest.raises(ValueError, match="named 'a1' already; remove or rename"):
+        model.load_adapters(source)
+    model.load_adapters(source, "a")
+    assert where(model, "a") == ENCODER_BLOCKS
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_disabled_adapters_are_saved_as_such(suffix, tmp_path):
+    source = make_model(StockModel, "a1", "a10")
+    source.set_enabled_adapters("a1", False)
+    source.save_adapters(tmp_path / f"a{suffix}")
+    model = make_model(StockModel)
+    model.load_adapters(tmp_path / f"a{suffix}")
+    assert model.get_enabled_adapters() == ["a10"]
+    assert model.cfg.adapters.a1.enabled is False
+
+
+def test_an_adapter_that_is_in_no_module_can_not_be_saved(tmp_path):
+    model = make_model(OverridingModel, "a", encoder_adapter=False)
+    model.encoder.blocks[0].adapter_layer = nn.ModuleDict({"b": LinearAdapter(WIDTH, 1)})
+    with pytest.raises(ValueError, match="'a' is in the configuration, but in no module"):
+        model.save_adapters(tmp_path / "a.pt")
+
+
+def test_the_mixin_alone_is_enough():
+    """Not one method besides the constructor and forward, which any model has."""
+
+    class Small(adapter_ext.ModelPT, AdapterModelPTMixin):
+        def __init__(self, cfg, trainer=None):
+            super().__init__(cfg, trainer)
+            self.blocks = make_model(StockModel).encoder.blocks
+            self.setup_adapters()
+
+    assert Small.add_adapter is Mixin.add_adapter
+    model = Small({"any": "thing"})
+    model.add_adapter("a", LinearAdapterConfig(WIDTH, 2))
+    assert [row.where for row in model.list_adapters()] == ["blocks.0", "blocks.1", "blocks.2"]
+    again = Small(model.cfg)
+    assert again.list_adapters() == model.list_adapters()
