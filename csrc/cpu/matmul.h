@@ -293,7 +293,7 @@ template <class C, class W>
 static void multiply_row_same_order(int64_t columns, int64_t k_count, const C* left,
                                     const W* weights, int64_t stride, C* out, bool accumulate) {
   constexpr int64_t kPart = 1024;  // columns whose sums stay in the first-level cache
-  constexpr int kRows = 8;         // rows of W at a time, each a stream that the hardware prefetches
+  constexpr int kRows = 8;  // rows of W at a time, each a stream that the hardware prefetches
   C block_sum[kPart];
   for (int64_t column = 0; column < columns; column += kPart) {
     const int64_t part = std::min(kPart, columns - column);
