@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapter_ext import demo, doctor, files
+from adapter_ext.listing import text_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,29 +78,26 @@ def inspect(path: Path) -> None:
         print(f"{path}: .pt, NeMo's layout")
     else:
         print(f"{path}: .safetensors, format version {files.FORMAT_VERSION}")
-    titles = "adapter module hosts paths dim activation enabled parameters dtype bytes"
-    table = [tuple(titles.split())]
+    rows = []
     for adapter in content.adapters.values():
         tensors = [tensor for state in adapter.states for tensor in state.values()]
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-        table.append(
+        rows.append(
             (
                 adapter.name,
-                adapter.module or "-",
-                str(len(adapter.states)),
+                adapter.module or None,
+                len(adapter.states),
                 "unknown" if adapter.paths is None else "known",
                 _shown(adapter.config.get("dim", "-")),
                 _shown(adapter.config.get("activation", "-")),
-                "yes" if adapter.config["enabled"] else "no",
+                adapter.config["enabled"],
                 f"{sum(tensor.numel() for tensor in tensors):,}",
-                ", ".join(sorted(dtypes)) or "-",
+                ", ".join(sorted(dtypes)) or None,
                 f"{sum(tensor.nbytes for tensor in tensors):,}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    titles = "adapter module hosts paths dim activation enabled parameters dtype bytes"
+    print(text_table(titles.split(), rows))
 
 
 def _shown(value: object) -> str:
