@@ -322,20 +322,37 @@ template <class X>
 class ColumnPass {
   using C = Accumulate<X>;
 
- public:
-  // A tile's sums over rows stay in a second-level cache. With few rows there is little to keep,
-  // and wide tiles go through the weights and their gradients in longer pieces.
-  static int64_t tile_columns(const Segment& segment) {
-    return segment.rows <= kRows / 4 ? 4 * kColumns : kColumns;
-  }
-  static int64_t tiles(const LinearAdapterBackward& problem, const Segment& segment) {
-    return (problem.hidden_size + tile_columns(segment) - 1) / tile_columns(segment);
-  }
+  static constexpr int64_t kColumns = 64;  // a multiple of every panel width
+  static constexpr int64_t kMostColumns = 4 * kColumns;
+  static constexpr int64_t kRows = RowResults<C>::kRows;
 
-  ColumnPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results)
+ public:
+  // The width of tiles. A tile's sums over rows stay in a second-level cache; as far as that
+  // allows, wide tiles go through memory in longer pieces. With few rows there is little to keep.
+  struct Tiles {
+    int64_t hidden_size;
+    int64_t columns;  // of a segment with many rows
+
+    Tiles(const LinearAdapterBackward& problem, const Plan& plan, int64_t tasks)
+        : hidden_size(problem.hidden_size), columns(kColumns) {
+      const int64_t wide = hidden_size / (2 * kColumns);
+      const bool enough = wide * static_cast<int64_t>(plan.segments.size()) >= tasks;
+      if (problem.hidden_stride <= kColumns && enough) columns = 2 * kColumns;
+    }
+    int64_t width(const Segment& segment) const {
+      return segment.rows <= kRows / 4 ? kMostColumns : columns;
+    }
+    int64_t count(const Segment& segment) const {
+      return (hidden_size + width(segment) - 1) / width(segment);
+    }
+  };
+
+  ColumnPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results,
+             const Tiles& tiles)
       : p_(problem),
         plan_(plan),
         results_(results),
+        tiles_(tiles),
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
@@ -344,17 +361,17 @@ class ColumnPass {
     Scratch scratch(1, 2 * Scratch::bytes<C>(r * kMostColumns) +
                            2 * Scratch::bytes<C>(kMostColumns * hidden_stride_) +
                            Scratch::bytes<C>(hidden_stride_) +
-                           4 * Scratch::bytes<C>(kRows * kColumns) +
+                           4 * Scratch::bytes<C>(kRows * 2 * kColumns) +
                            5 * Scratch::bytes<C>(kMostColumns));
     packed_down_ = scratch.take<C>(r * kMostColumns);
     packed_up_ = scratch.take<C>(r * kMostColumns);
     down_sum_ = scratch.take<C>(kMostColumns * hidden_stride_);
     up_sum_ = scratch.take<C>(kMostColumns * hidden_stride_);
     hidden_sum_ = scratch.take<C>(hidden_stride_);
-    x_ = scratch.take<C>(kRows * kColumns);
-    out_ = scratch.take<C>(kRows * kColumns);
-    gradient_ = scratch.take<C>(kRows * kColumns);
-    product_ = scratch.take<C>(kRows * kColumns);
+    x_ = scratch.take<C>(kRows * 2 * kColumns);
+    out_ = scratch.take<C>(kRows * 2 * kColumns);
+    gradient_ = scratch.take<C>(kRows * 2 * kColumns);
+    product_ = scratch.take<C>(kRows * 2 * kColumns);
     norm_weight_ = scratch.take<C>(kMostColumns);
     norm_bias_ = scratch.take<C>(kMostColumns);
     norm_weight_sum_ = scratch.take<C>(kMostColumns);
@@ -364,14 +381,16 @@ class ColumnPass {
 
   // Some tiles of all segments: a contiguous range, of about equal cost for each task.
   void run(int64_t task, int64_t tasks) {
-    const auto tile_cost = [](const Segment& segment) {
+    const auto tile_cost = [&](const Segment& segment) {
       constexpr int64_t fixed = 16;  // in rows, of what does not depend on their number
-      return (segment.rows + fixed) * tile_columns(segment);
+      return (segment.rows + fixed) * tiles_.width(segment);
     };
     int64_t total = 0, cost = 0;
-    for (const Segment& segment : plan_.segments) total += tiles(p_, segment) * tile_cost(segment);
     for (const Segment& segment : plan_.segments) {
-      for (int64_t column = 0; column < width_; column += tile_columns(segment)) {
+      total += tiles_.count(segment) * tile_cost(segment);
+    }
+    for (const Segment& segment : plan_.segments) {
+      for (int64_t column = 0; column < width_; column += tiles_.width(segment)) {
         if (cost * tasks / total == task) column_tile(segment, column);
         cost += tile_cost(segment);
       }
@@ -380,22 +399,18 @@ class ColumnPass {
 
   // All columns of one segment.
   void run(const Segment& segment) {
-    for (int64_t column = 0; column < width_; column += tile_columns(segment)) {
+    for (int64_t column = 0; column < width_; column += tiles_.width(segment)) {
       column_tile(segment, column);
     }
   }
 
  private:
-  static constexpr int64_t kColumns = 64;  // a multiple of every panel width
-  static constexpr int64_t kMostColumns = 4 * kColumns;
-  static constexpr int64_t kRows = RowResults<C>::kRows;
-
   void column_tile(const Segment& segment, int64_t column) {
     const Wanted wanted(p_, segment.adapter, pre_);
     if (!wanted.anything()) return;
     view_ = adapter_view(p_.adapters, segment.adapter);
     const OutputGradient<C> of_output(p_, plan_, segment);
-    stride_ = tile_columns(segment);
+    stride_ = tiles_.width(segment);
     const int64_t r = view_.bottleneck, columns = std::min(stride_, width_ - column);
     const bool wants_out = !pre_ || of_output.penalized();
     const bool wants_x = wanted.down_sum || (pre_ && wanted.input_gradient);
@@ -610,6 +625,7 @@ class ColumnPass {
   const LinearAdapterBackward& p_;
   const Plan& plan_;
   const RowResults<C>& results_;
+  const Tiles tiles_;
   const Dropout dropout_;
   const bool pre_;
   const int64_t width_, hidden_stride_;
@@ -669,6 +685,7 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
   results.activated = activated.get();
   results.sums = sums.get();
 
+  const typename ColumnPass<X>::Tiles tiles(problem, plan, parallel.threads);
   const int64_t segments = static_cast<int64_t>(plan.segments.size());
   int64_t largest = 0;
   for (const Segment& segment : plan.segments) largest = std::max(largest, segment.rows);
@@ -678,7 +695,7 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
     const int64_t tasks = std::min(parallel.threads, segments);
     parallel(tasks, [&](int64_t task) {
       RowPass<X> rows(problem, plan, results);
-      ColumnPass<X> columns(problem, plan, results);
+      ColumnPass<X> columns(problem, plan, results, tiles);
       for (const Segment& segment : plan.segments) {
         if (segment.first_position * tasks / plan.active_rows != task) continue;
         rows.run(segment);
@@ -691,11 +708,12 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
       std::min(parallel.threads, (plan.active_rows + kTileRows - 1) / kTileRows);
   parallel(row_tasks,
            [&](int64_t task) { RowPass<X>(problem, plan, results).run(task, row_tasks); });
-  int64_t tiles = 0;
-  for (const Segment& segment : plan.segments) tiles += ColumnPass<X>::tiles(problem, segment);
-  const int64_t column_tasks = std::min(parallel.threads, tiles);
-  parallel(column_tasks,
-           [&](int64_t task) { ColumnPass<X>(problem, plan, results).run(task, column_tasks); });
+  int64_t all_tiles = 0;
+  for (const Segment& segment : plan.segments) all_tiles += tiles.count(segment);
+  const int64_t column_tasks = std::min(parallel.threads, all_tiles);
+  parallel(column_tasks, [&](int64_t task) {
+    ColumnPass<X>(problem, plan, results, tiles).run(task, column_tasks);
+  });
 }
 
 }  // namespace

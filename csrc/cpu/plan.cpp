@@ -51,8 +51,13 @@ void Plan::build(const LinearAdapterProblem& problem) {
   }
 
   const auto all = [&](int64_t begin, int64_t end) {
-    return routing.order ? Samples{routing.order + begin, 0, end - begin}
-                         : Samples{nullptr, begin, end - begin};
+    const int64_t count = end - begin;
+    if (!routing.order) return Samples{nullptr, begin, count};
+    const int64_t* list = routing.order + begin;
+    int64_t in_row = 1;  // samples that follow each other in memory as well, as often they all do
+    while (in_row < count && list[in_row] == list[0] + in_row) ++in_row;
+    return in_row >= count ? Samples{nullptr, count > 0 ? list[0] : 0, count}
+                           : Samples{list, 0, count};
   };
   for (int64_t a = 0; a < routing.adapters; ++a) {
     const int64_t begin = routing.order ? routing.offsets[a] : 0;
