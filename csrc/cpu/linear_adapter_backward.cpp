@@ -337,7 +337,7 @@ class ColumnPass {
         : hidden_size(problem.hidden_size), columns(kColumns) {
       const int64_t wide = hidden_size / (2 * kColumns);
       const bool enough = wide * static_cast<int64_t>(plan.segments.size()) >= tasks;
-      if (problem.hidden_stride <= kColumns && enough) columns = 2 * kColumns;
+      if (problem.hidden_stride <= kMostColumns && enough) columns = 2 * kColumns;
     }
     int64_t width(const Segment& segment) const {
       return segment.rows <= kRows / 4 ? kMostColumns : columns;
