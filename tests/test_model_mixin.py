@@ -118,15 +118,16 @@ def goes_through(model, operation, path, number):
     return True
 
 
+@pytest.mark.parametrize("density", [4, pytest.param(32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
-def test_whatever_step_fails_the_model_is_as_it_was(kind, operation, tmp_path):
+def test_whatever_step_fails_the_model_is_as_it_was(kind, operation, density, tmp_path):
     for suffix in SUFFIXES:
         other_model(kind, tmp_path, suffix, "decoder:b", "encoder+decoder:c")
     model = make_model(kind, "a1", "encoder+decoder:a10", "decoder:x1")
     number = 1
     while not goes_through(model, operation, tmp_path, number):
-        number += 1 + number // 12  # there are hundreds of steps, thousands where a file is read
+        number += 1 + number // density  # there are hundreds of steps, thousands with a file
     assert number > 10
     x = inputs()
     torch.testing.assert_close(model(x), plainly(model, x)[0], rtol=1e-4, atol=1e-4)
