@@ -32,6 +32,8 @@ from model_testing import (
 )
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapter_ext
@@ -560,6 +562,62 @@ def test_content_that_does_not_fit(suffix, change, words, tmp_path):
     model = make_model(StockModel, "a1")
     file = changed(source, tmp_path / f"changed{suffix}", change)
     with unchanged(model), pytest.raises(FileError, match=f"changed{suffix}: adapter 'a'.*{words}"):
+        model.load_adapters(file)
+
+
+def with_nan(file):
+    """Fills one weight of a file with NaN, which files.write_adapters would refuse to."""
+    if file.suffix == ".pt":
+        saved = torch.load(file, weights_only=False)
+        saved["a"][1]["a.module.1.weight"].fill_(torch.nan)
+        torch.save(saved, file)
+    else:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        tensors["encoder.blocks.1.adapter_layer.a.module.1.weight"].fill_(torch.nan)
+        del metadata["sha256"]  # files of other programs have none
+        save_file(tensors, file, metadata)
+
+
+def with_byte_flipped(file):
+    content = bytearray(file.read_bytes())
+    weight = files.read_adapters(file).adapters["a"].states[1]["module.1.weight"]
+    content[content.index(weight.numpy().tobytes()) + 6] ^= 0x10  # it stays a finite number
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("break_file", "words"),
+    [
+        (lambda file: file.write_bytes(b""), "it is empty"),
+        (lambda file: file.write_text("a poem"), ""),
+        (lambda file: file.write_bytes(file.read_bytes()[:-50]), ""),
+        (with_byte_flipped, ""),
+        (with_nan, r"adapter 'a'.*encoder\.blocks\.1.*module\.1\.weight"),
+        (lambda file: file.write_bytes((file.parent / f"b{file.suffix}").read_bytes()), ""),
+    ],
+    ids=["empty", "text", "truncated", "corrupted", "NaN", "the other kind"],
+)
+def test_broken_files_leave_the_model_as_it_was(suffix, break_file, words, tmp_path):
+    file = other_model(StockModel, tmp_path, suffix, "a")
+    for own, other in (SUFFIXES, SUFFIXES[::-1]):  # each under the other's suffix
+        make_model(StockModel, "a").save_adapters(tmp_path / f"c{own}")
+        (tmp_path / f"c{own}").rename(tmp_path / f"b{other}")
+    break_file(file)
+    model = make_model(StockModel, "a1")
+    with unchanged(model), pytest.raises(FileError, match=rf"other\{suffix}.*{words}"):
+        model.load_adapters(file)
+
+
+def test_a_file_of_another_version(tmp_path):
+    file = other_model(StockModel, tmp_path, ".safetensors", "a")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, {**metadata, "format_version": "2"})
+    model = make_model(StockModel, "a1")
+    with unchanged(model), pytest.raises(FileError, match="version"):
         model.load_adapters(file)
 
 
