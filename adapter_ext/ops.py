@@ -40,7 +40,8 @@ _ACTIVATIONS = {
 _NORM_POSITIONS = {"pre": 0, "post": 1}
 _DEPTH_MODES = {"call": 0, "sample": 1}
 _OPERAND_TYPES = {torch.bfloat16: 2, torch.float16: 3}
-_NOT_ROUNDED = -1
+_NOT_ROUNDED = -1  # but bfloat16 operands of x and weights may stay in bfloat16
+_FLOAT32 = 1
 
 
 class _Options(NamedTuple):
@@ -135,7 +136,9 @@ def linear_adapter(
         seed: int64, one element, on the device of ``x``: what masks and draws are a function of.
             None takes one from torch's generator, and so follows ``torch.manual_seed``.
         compute_dtype: bfloat16 or float16 rounds the operands of both products to it (what
-            autocast does); None and float32 do not.
+            autocast does); float32 does not. None does not either, except that with ``x`` and
+            weights of bfloat16, on machines that multiply in bfloat16, the forward rounds them to
+            bfloat16, as PyTorch's layers do.
 
     Returns:
         y, of the shape and dtype of ``x``, contiguous; and aux ``[A]``, float32 (float64 for
@@ -314,8 +317,10 @@ def _code(argument: str, name: str, codes: dict[str, int]) -> int:
 
 
 def _operand_type(x: Tensor, compute_dtype: torch.dtype) -> int:
-    if compute_dtype == x.dtype or (compute_dtype == torch.float32 and x.dtype.itemsize == 2):
+    if compute_dtype == x.dtype:
         return _NOT_ROUNDED
+    if compute_dtype == torch.float32 and x.dtype.itemsize == 2:
+        return _FLOAT32
     if compute_dtype not in _OPERAND_TYPES:
         raise ValueError(
             "linear_adapter: compute_dtype: expected None, the dtype of x, torch.bfloat16 or "

@@ -1,13 +1,15 @@
 # Compiles kernel sources once for each instruction set, into namespaces of their own; the library
 # picks one when it is loaded (csrc/cpu/capability.cpp).
 
+# Sources behind BFLOAT16 are also compiled for AVX-512 with products of bfloat16.
 function(adapter_ext_add_cpu_levels target)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "BFLOAT16")
   # The baseline comes first: should two levels share an inline function of the standard library,
   # the linker keeps the copy that runs everywhere.
   set(levels baseline)
   set(flags_baseline "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
-    list(APPEND levels avx2 avx512)
+    list(APPEND levels avx2 avx512 avx512_bf16)
     set(flags_avx2 -mavx2 -mfma -mf16c)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq
       -mprefer-vector-width=512)
@@ -15,10 +17,15 @@ function(adapter_ext_add_cpu_levels target)
       # GCC's own AVX-512 headers trip this warning (GCC bug 105593).
       list(APPEND flags_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
     endif()
+    set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16)
     target_compile_definitions(${target} PRIVATE ADAPTER_EXT_X86_LEVELS)
   endif()
   foreach(level IN LISTS levels)
-    add_library(${target}_${level} OBJECT ${ARGN})
+    set(sources ${arg_UNPARSED_ARGUMENTS} ${arg_BFLOAT16})
+    if(level STREQUAL "avx512_bf16")
+      set(sources ${arg_BFLOAT16})
+    endif()
+    add_library(${target}_${level} OBJECT ${sources})
     target_include_directories(${target}_${level} PRIVATE ${CMAKE_SOURCE_DIR}/csrc)
     target_compile_options(${target}_${level} PRIVATE -O3 ${flags_${level}})
     target_compile_definitions(${target}_${level} PRIVATE ADAPTER_EXT_CPU_LEVEL=${level})

@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from op_testing import ACTIVATIONS, LAYOUTS, ROUTINGS, Case, check, excess, replace
+from op_testing import ACTIVATIONS, LAYOUTS, ROUTINGS, Case, Recorder, check, excess, replace
 
 import adapter_ext
 from adapter_ext import reference
@@ -230,6 +230,26 @@ def test_compute_dtype_rounds_the_operands() -> None:
     rounded = call.forward()[0]
     error = ((rounded - exact).norm() / exact.norm()).item()
     assert 1e-4 < error < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 5, 200])
+def test_compute_dtype_float32_keeps_the_operands(rows: int) -> None:
+    """With x and weights of bfloat16 the operands (the normed rows) stay in float32."""
+    call = Case(shape=(rows, 65), bottlenecks=(17,), routing="none", dtype=torch.bfloat16).build()
+    call.options["compute_dtype"] = torch.float32
+    with Recorder(torch.ops.adapter_ext.linear_adapter_forward.default) as recorder:
+        call.forward()
+    hidden = recorder.calls[0][2][2].detach()[: rows * 17].reshape(rows, 17)
+    exact = call.upcast()
+    normed = torch.nn.functional.layer_norm(
+        exact.x,
+        [65],
+        exact.weights.norm_weight[0],
+        exact.weights.norm_bias[0],
+        exact.options["eps"],
+    )
+    expected = (normed @ exact.weights.down[0].T).detach()
+    assert excess(hidden, expected, 1e-5, 1e-5) < 1.0
 
 
 @every_norm_position

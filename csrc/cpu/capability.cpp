@@ -16,6 +16,7 @@ ADAPTER_EXT_DECLARE_LEVEL(baseline)
 #if defined(ADAPTER_EXT_X86_LEVELS)
 ADAPTER_EXT_DECLARE_LEVEL(avx2)
 ADAPTER_EXT_DECLARE_LEVEL(avx512)
+ADAPTER_EXT_DECLARE_LEVEL(avx512_bf16)
 #endif
 #undef ADAPTER_EXT_DECLARE_LEVEL
 
@@ -37,6 +38,9 @@ constexpr Kernels kKernels[] = {
      avx2::fma_loop},
     {Capability::kAvx512, avx512::linear_adapter_forward, avx512::linear_adapter_backward,
      avx512::fma_loop},
+    // The backward has no products of bfloat16 yet.
+    {Capability::kAvx512Bf16, avx512_bf16::linear_adapter_forward, avx512::linear_adapter_backward,
+     avx512::fma_loop},
 #endif
 };
 
@@ -44,12 +48,14 @@ bool machine_has(Capability capability) {
 #if defined(ADAPTER_EXT_X86_LEVELS)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
   switch (capability) {
     case Capability::kBaseline: return true;
     case Capability::kAvx2: return avx2;
-    case Capability::kAvx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case Capability::kAvx512: return avx512;
+    case Capability::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return capability == Capability::kBaseline;
@@ -99,6 +105,7 @@ const char* name(Capability capability) {
     case Capability::kBaseline: return "baseline";
     case Capability::kAvx2: return "avx2";
     case Capability::kAvx512: return "avx512";
+    case Capability::kAvx512Bf16: return "avx512_bf16";
   }
   return "unknown";
 }

@@ -45,7 +45,7 @@ void moments(const X* row, int64_t count, double eps, C* mean_out, C* rstd_out) 
   *rstd_out = C(1) / std::sqrt(variance + static_cast<C>(eps));
 }
 
-template <class X>
+template <class X, class Product = MultiplyAdd<Accumulate<X>>>
 class Forward {
   using C = Accumulate<X>;
 
@@ -66,8 +66,8 @@ class Forward {
 
   void run(int64_t task, int64_t tasks) {
     const int64_t r = p_.hidden_stride;
-    const int64_t down_size = WeightOperand<X>::size(width_, r);
-    const int64_t up_size = WeightOperand<X>::size(r, width_);
+    const int64_t down_size = WeightOperand<X, Product>::size(width_, r);
+    const int64_t up_size = WeightOperand<X, Product>::size(r, width_);
     Scratch scratch(0, Scratch::bytes<C>(down_size) + Scratch::bytes<C>(up_size) +
                            2 * Scratch::bytes<C>(width_) + 3 * Scratch::bytes<C>(kMostBlockRows) +
                            Scratch::bytes<C>(kMostBlockRows * left_stride_) +
@@ -132,6 +132,15 @@ class Forward {
     }
   }
 
+  // Turns values in place into what the product takes as a left operand.
+  void make_operand(C* values, int64_t count) const {
+    if constexpr (Product::kElements > 1) {
+      Product::round(values, count);
+    } else {
+      round_operand(p_, values, count);
+    }
+  }
+
   // hidden = LN(x) downᵀ, or x downᵀ.
   void project_down(int64_t count) {
     // A lone row has the whole buffer: its product reads the weights in their order in memory then.
@@ -149,7 +158,7 @@ class Forward {
         } else {
           transform_row<C>(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
         }
-        round_operand(p_, left, columns);
+        make_operand(left, columns);
       }
       down_.multiply(count, column, columns, 0, view_.bottleneck, {left_, left_stride_, 1}, hidden_,
                      hidden_stride_, column > 0);
@@ -172,7 +181,7 @@ class Forward {
         C* h = hidden_ + i * hidden_stride_;
         transform_row<C>(
             h, r, h, [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
-        round_operand(p_, h, r);
+        make_operand(h, r);
       }
     });
   }
@@ -230,7 +239,7 @@ class Forward {
   const bool pre_;
   const int64_t width_, block_rows_, left_stride_, hidden_stride_, out_columns_, out_stride_;
   AdapterView view_;
-  WeightOperand<X> down_, up_;
+  WeightOperand<X, Product> down_, up_;
   C *packed_down_, *packed_up_, *norm_weight_, *norm_bias_, *mean_, *rstd_, *penalty_, *left_,
       *hidden_, *out_, *mask_;
   int64_t* row_;
@@ -264,8 +273,22 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
     const int64_t blocks =
         (plan.active_rows + kTileRows - 1) / kTileRows;  // no task for less than a tile
     const int64_t tasks = std::min(parallel.threads, blocks);
-    parallel(tasks,
-             [&](int64_t task) { Forward<X>(problem, plan, penalties.get()).run(task, tasks); });
+    const auto run = [&]<class Product>() {
+      parallel(tasks, [&](int64_t task) {
+        Forward<X, Product>(problem, plan, penalties.get()).run(task, tasks);
+      });
+    };
+#if defined(__AVX512BF16__)
+    constexpr DataType bfloat16 = DataType::kBFloat16;
+    const bool pairs = problem.weight_type == bfloat16 && problem.operand_type == bfloat16;
+    if constexpr (std::is_same_v<X, BFloat16>) {
+      pairs ? run.template operator()<PairDot>() : run.template operator()<MultiplyAdd<C>>();
+    } else {
+      run.template operator()<MultiplyAdd<C>>();
+    }
+#else
+    run.template operator()<MultiplyAdd<C>>();
+#endif
   }
   C* aux = static_cast<C*>(problem.aux);
   std::fill(aux, aux + problem.routing.adapters, C(0));

@@ -68,10 +68,15 @@ ADAPTER_EXT_HOST_DEVICE void with_weights(DataType type, const void* weights, Fu
   }
 }
 
+// Whether a product's operands are rounded to a 16-bit type that is not x's.
+inline bool rounds_operands(const LinearAdapterProblem& problem) {
+  return problem.operand_type != problem.data_type && problem.operand_type != DataType::kFloat32;
+}
+
 // Rounds values in place to the 16-bit type of a product's operands.
 template <class C>
 static void round_operand(const LinearAdapterProblem& problem, C* values, int64_t count) {
-  if (problem.operand_type == problem.data_type) return;
+  if (!rounds_operands(problem)) return;
   for_each_vector<C>(count, [&](int64_t i, auto extent) {
     const auto wide = load<C>(values + i, extent);
     const auto narrow = [&]<class Narrow>(Narrow* part) {
@@ -110,9 +115,13 @@ static void unpack_vector(DataType type, const void* from, int64_t count, Accumu
 
 // A weight matrix as the right operand of products. For many rows it is packed whole, for rows of
 // one block piece by piece as the product needs it, for a single row it is read as it is stored.
-template <class X>
+//
+// `Product` says how steps over k are taken. One that takes several elements in a step wants
+// weights of x's type, stored as [columns, k]; left operands are then its steps.
+template <class X, class Product = MultiplyAdd<Accumulate<X>>>
 class WeightOperand {
   using C = Accumulate<X>;
+  static constexpr int64_t kElements = Product::kElements;
 
  public:
   // Elements of the memory that a packed matrix takes.
@@ -128,8 +137,9 @@ class WeightOperand {
     k_count_ = k_count;
     transposed_ = transposed;
     memory_ = memory;
-    const bool rounded = problem.operand_type != problem.data_type;
-    mode_ = rows == 1 && !rounded ? kStored : rows <= kMostBlockRows ? kPieces : kWhole;
+    mode_ = rows == 1 && !rounds_operands(problem) ? kStored
+            : rows <= kMostBlockRows               ? kPieces
+                                                   : kWhole;
     if (mode_ == kWhole) pack(0, k_count, 0, columns);
   }
 
@@ -139,18 +149,22 @@ class WeightOperand {
                 int64_t columns, LeftOperand<C> left, C* out, int64_t out_row,
                 bool accumulate) const {
     if (mode_ == kWhole) {
-      const int64_t panel_stride = k_count_ * kPanel<C>;
-      const C* part = memory_ + first_column / kPanel<C> * panel_stride + first_k * kPanel<C>;
-      return cpu::multiply<C>(rows, columns, k_count, left, {part, panel_stride, kPanel<C>}, out,
-                              out_row, accumulate);
+      const int64_t panel_stride = steps(k_count_) * kPanel<C>;
+      const C* part =
+          memory_ + first_column / kPanel<C> * panel_stride + steps(first_k) * kPanel<C>;
+      return cpu::multiply<C, Product>(rows, columns, steps(k_count), left,
+                                       {part, panel_stride, kPanel<C>}, out, out_row, accumulate);
     }
     if (mode_ == kStored) {
-      with_weights<X>(problem_->weight_type, weights_, [&](const auto* from) {
-        const auto* part = from + offset(first_k, first_column);
-        transposed_ ? multiply_row_transposed<C>(columns, k_count, left.data, part, stride_, out,
-                                                 accumulate)
-                    : multiply_row_same_order<C>(columns, k_count, left.data, part, stride_, out,
-                                                 accumulate);
+      with_stored(first_k, first_column, [&](const auto* part) {
+        if constexpr (kElements == 1) {
+          if (!transposed_) {
+            return multiply_row_same_order<C>(columns, k_count, left.data, part, stride_, out,
+                                              accumulate);
+          }
+        }
+        multiply_row_transposed<C, Product>(columns, k_count, left.data, part, stride_, out,
+                                            accumulate);
       });
       return;
     }
@@ -161,9 +175,9 @@ class WeightOperand {
       for (int64_t k = 0; k < k_count; k += kBlockK) {
         const int64_t block = std::min(kBlockK, k_count - k);
         pack(first_k + k, block, first_column + column, part);
-        cpu::multiply<C>(rows, part, block, left.from(0, k),
-                         {memory_, block * kPanel<C>, kPanel<C>}, out + column, out_row,
-                         accumulate || k > 0);
+        cpu::multiply<C, Product>(rows, part, steps(block), left.from(0, steps(k)),
+                                  {memory_, steps(block) * kPanel<C>, kPanel<C>}, out + column,
+                                  out_row, accumulate || k > 0);
       }
     }
   }
@@ -171,15 +185,28 @@ class WeightOperand {
  private:
   enum Mode { kStored, kPieces, kWhole };
 
-  int64_t offset(int64_t k, int64_t column) const {
-    return transposed_ ? column * stride_ + k : k * stride_ + column;
+  static int64_t steps(int64_t k) { return (k + kElements - 1) / kElements; }
+
+  // Calls function(typed pointer) for the stored weights from an element on.
+  template <class Function>
+  void with_stored(int64_t k, int64_t column, Function&& function) const {
+    const int64_t offset = transposed_ ? column * stride_ + k : k * stride_ + column;
+    if constexpr (kElements > 1) {
+      function(static_cast<const X*>(weights_) + offset);
+    } else {
+      with_weights<X>(problem_->weight_type, weights_,
+                      [&](const auto* from) { function(from + offset); });
+    }
   }
 
   void pack(int64_t first_k, int64_t k_count, int64_t first_column, int64_t columns) const {
-    with_weights<X>(problem_->weight_type, weights_, [&](const auto* from) {
-      const auto* part = from + offset(first_k, first_column);
-      transposed_ ? pack_transposed<C>(part, stride_, k_count, columns, memory_)
-                  : pack_same_order<C>(part, stride_, k_count, columns, memory_);
+    with_stored(first_k, first_column, [&](const auto* part) {
+      if constexpr (kElements == 1) {
+        if (!transposed_) {
+          return pack_same_order<C>(part, stride_, k_count, columns, memory_);
+        }
+      }
+      pack_transposed<C, Product>(part, stride_, k_count, columns, memory_);
     });
     round_operand(*problem_, memory_, size(k_count, columns));
   }

@@ -33,6 +33,60 @@ ADAPTER_EXT_HOST_DEVICE int64_t padded(int64_t columns) {
   return panels<C>(columns) * kPanel<C>;
 }
 
+// How a product takes its steps over k: one element of each operand in a step, multiplied and
+// added. A step's operands fill a lane of a Vector<C>.
+template <class C>
+struct MultiplyAdd {
+  static constexpr int kElements = 1;              // of k, in a step
+  static constexpr int64_t kBlockSteps = kBlockK;  // steps of one chain
+
+  ADAPTER_EXT_HOST_DEVICE static Vector<C> add(Vector<C> sum, Vector<C> left, Vector<C> right) {
+    return sum + left * right;
+  }
+  ADAPTER_EXT_HOST_DEVICE static Vector<C> splat(const C* step) { return cpu::splat<C>(*step); }
+  // Steps k, k + 1, ... of a row of `count` elements.
+  template <class W, class Extent>
+  ADAPTER_EXT_HOST_DEVICE static Vector<C> load(const W* row, int64_t k, int64_t, Extent extent) {
+    return cpu::load<C>(row + k, extent);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 elements of each operand in a step, kept in the bits of a float. The instruction
+// takes subnormal numbers as zero. The last element of an odd count is paired with zero.
+struct PairDot {
+  static constexpr int kElements = 2;
+  static constexpr int64_t kBlockSteps = kBlockK / kElements;
+  using V = Vector<float>;
+
+  ADAPTER_EXT_HOST_DEVICE static V add(V sum, V left, V right) {
+    return bit_cast<V>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(left),
+                                        bit_cast<__m512bh>(right)));
+  }
+  ADAPTER_EXT_HOST_DEVICE static V splat(const float* step) {
+    int32_t bits;  // a float's arithmetic could change them
+    std::memcpy(&bits, step, sizeof(bits));
+    return bit_cast<V>(_mm512_set1_epi32(bits));
+  }
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static V load(const BFloat16* row, int64_t k, int64_t count, Extent) {
+    constexpr int most = kElements * kLanes<float>;
+    const int64_t left = count - kElements * k;
+    const __mmask32 mask = left >= most ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+    return bit_cast<V>(_mm512_maskz_loadu_epi16(mask, row + kElements * k));
+  }
+  // Rounds `count` elements to bfloat16, in place: the first half of their memory then holds pairs.
+  static void round(float* values, int64_t count) {
+    const auto round_vector = [&](int64_t i, auto extent) {
+      const V v = cpu::load<float>(values + i, extent);
+      const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
+      std::memcpy(reinterpret_cast<char*>(values) + sizeof(BFloat16) * i, &narrow, sizeof(narrow));
+    };
+    for_each_vector<float>(count, round_vector);
+  }
+};
+#endif
+
 // A left operand: element (row, k) is data[row * row_stride + k * k_stride], or with k in panels
 // data[row * row_stride + k / kPanel * panel_stride + k % kPanel * k_stride].
 template <class C>
@@ -58,7 +112,7 @@ struct RightOperand {
   int64_t k_stride;
 };
 
-template <class C, int rows, int vectors>
+template <class C, class Product, int rows, int vectors>
 static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, C* out,
                  int64_t out_row, bool accumulate) {
   using V = Vector<C>;
@@ -72,9 +126,11 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, 
       for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
 #pragma GCC unroll 16
       for (int row = 0; row < rows; ++row) {
-        const V value = splat<C>(a[row * left.row_stride]);
+        const V value = Product::splat(a + row * left.row_stride);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[row][v] += value * right[v];
+        for (int v = 0; v < vectors; ++v) {
+          sum[row][v] = Product::add(sum[row][v], value, right[v]);
+        }
       }
     }
   }
@@ -88,24 +144,24 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, 
   }
 }
 
-template <class C, int vectors, int rows = kTileRows>
+template <class C, class Product, int vectors, int rows = kTileRows>
 ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, LeftOperand<C> left,
                                           const C* b, int64_t b_k, C* out, int64_t out_row,
                                           bool accumulate) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, rows, vectors>(k_count, left, b, b_k, out, out_row, accumulate);
+      tile<C, Product, rows, vectors>(k_count, left, b, b_k, out, out_row, accumulate);
     } else {
-      tile_of_rows<C, vectors, rows - 1>(row_count, k_count, left, b, b_k, out, out_row,
-                                         accumulate);
+      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, out, out_row,
+                                                  accumulate);
     }
   }
 }
 
-// out [rows, columns] (+)= left [rows, k] right [k, columns]. The rows of `out` are out_row
-// elements apart and padded to whole panels; the padding gets the product with the padding of
-// `right`.
-template <class C>
+// out [rows, columns] (+)= left [rows, k] right [k, columns], k in steps of the product. The rows
+// of `out` are out_row elements apart and padded to whole panels; the padding gets the product with
+// the padding of `right`.
+template <class C, class Product = MultiplyAdd<C>>
 static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<C> left,
                      RightOperand<C> right, C* out, int64_t out_row, bool accumulate) {
   if (k_count == 0 && !accumulate) {
@@ -113,15 +169,16 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand
       std::fill(out + row * out_row, out + row * out_row + padded<C>(columns), C(0));
     }
   }
-  for (int64_t k = 0; k < k_count; k += kBlockK) {
-    const int64_t block = std::min(kBlockK, k_count - k);
+  for (int64_t k = 0; k < k_count; k += Product::kBlockSteps) {
+    const int64_t block = std::min(Product::kBlockSteps, k_count - k);
     for (int64_t column = 0, panel = 0; column < columns; column += kPanel<C>, ++panel) {
       const C* b = right.data + panel * right.panel_stride + k * right.k_stride;
       const bool narrow = columns - column <= kLanes<C>;
       for (int64_t row = 0; row < rows; row += kTileRows) {
         const int64_t count = std::min<int64_t>(kTileRows, rows - row);
         C* to = out + row * out_row + column;
-        const auto run = narrow ? tile_of_rows<C, 1> : tile_of_rows<C, kPanelVectors>;
+        const auto run =
+            narrow ? tile_of_rows<C, Product, 1> : tile_of_rows<C, Product, kPanelVectors>;
         run(count, block, left.from(row, k), b, right.k_stride, to, out_row, accumulate || k > 0);
       }
     }
@@ -202,11 +259,12 @@ ADAPTER_EXT_HOST_DEVICE void transpose(Vector<C> (&v)[kLanes<C>]) {
   }
 }
 
-// Packs the transpose: from [columns, k], rows `stride` apart.
-template <class C, class W>
-static void pack_transposed(const W* from, int64_t stride, int64_t k_count, int64_t columns,
+// Packs the transpose: from [columns, elements of k], rows `stride` apart, to steps of the product.
+template <class C, class Product = MultiplyAdd<C>, class W>
+static void pack_transposed(const W* from, int64_t stride, int64_t elements, int64_t columns,
                             C* to) {
   constexpr int lanes = kLanes<C>;
+  const int64_t k_count = (elements + Product::kElements - 1) / Product::kElements;
   for (int64_t column = 0; column < columns; column += kPanel<C>, to += k_count * kPanel<C>) {
     for (int64_t part = 0; part < kPanel<C>; part += lanes) {
       const int64_t valid = std::min<int64_t>(lanes, columns - column - part);
@@ -219,7 +277,7 @@ static void pack_transposed(const W* from, int64_t stride, int64_t k_count, int6
         Vector<C> square[lanes] = {};
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
-          if (i < valid) square[i] = load<C>(source + i * stride + k, extent);
+          if (i < valid) square[i] = Product::load(source + i * stride, k, elements, extent);
         }
         transpose<C>(square);
         const int64_t count = std::min<int64_t>(lanes, k_count - k);
@@ -235,35 +293,39 @@ static void pack_transposed(const W* from, int64_t stride, int64_t k_count, int6
 // ---- Products of one row straight from the stored weights: packing them would cost more than the
 // product. They go through memory in its order. The order of additions is that of multiply().
 
-// out [columns] (+)= left [k] Wᵀ, W [columns, k].
-template <class C, class W>
-static void multiply_row_transposed(int64_t columns, int64_t k_count, const C* left,
+// out [columns] (+)= left [k] Wᵀ, W [columns, elements of k].
+template <class C, class Product = MultiplyAdd<C>, class W>
+static void multiply_row_transposed(int64_t columns, int64_t elements, const C* left,
                                     const W* weights, int64_t stride, C* out, bool accumulate) {
   constexpr int lanes = kLanes<C>;
-  constexpr int64_t line = 64 / sizeof(W);
+  constexpr int64_t line = 64 / sizeof(W) / Product::kElements;  // steps
+  const int64_t k_count = (elements + Product::kElements - 1) / Product::kElements;
   // As many rows at once as a vector has lanes: each is consumed a cache line at a time, since rows
   // a power of two apart share a cache set, and asked for beforehand, since they are more streams
   // than the hardware prefetches.
   constexpr int64_t ahead = 2 * lanes;
   const auto some_columns = [&](int64_t column, auto column_extent) {
     const bool prefetch = column + ahead + lanes <= columns;
-    for (int64_t block = 0; block < k_count; block += kBlockK) {
-      const int64_t end = std::min(block + kBlockK, k_count);
+    for (int64_t block = 0; block < k_count; block += Product::kBlockSteps) {
+      const int64_t end = std::min(block + Product::kBlockSteps, k_count);
       Vector<C> sum = {};
       const auto add_square = [&](int64_t k, auto extent) {
-        const W* source = weights + column * stride + k;
+        const W* source = weights + column * stride;
         if (prefetch && k % line == 0) {
 #pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i) __builtin_prefetch(source + (i + ahead) * stride);
+          for (int i = 0; i < lanes; ++i) {
+            __builtin_prefetch(source + (i + ahead) * stride + k * Product::kElements);
+          }
         }
         Vector<C> square[lanes];
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
           if constexpr (std::is_same_v<decltype(column_extent), PartialVector>) {
-            square[i] =
-                i < column_extent.count ? load<C>(source + i * stride, extent) : Vector<C>{};
+            square[i] = i < column_extent.count
+                            ? Product::load(source + i * stride, k, elements, extent)
+                            : Vector<C>{};
           } else {
-            square[i] = load<C>(source + i * stride, extent);
+            square[i] = Product::load(source + i * stride, k, elements, extent);
           }
         }
         transpose<C>(square);
@@ -272,7 +334,7 @@ static void multiply_row_transposed(int64_t columns, int64_t k_count, const C* l
           if constexpr (std::is_same_v<decltype(extent), PartialVector>) {
             if (i >= extent.count) break;
           }
-          sum += splat<C>(left[k + i]) * square[i];
+          sum = Product::add(sum, Product::splat(left + k + i), square[i]);
         }
       };
       int64_t k = block;
