@@ -54,6 +54,7 @@ struct LinearAdapterProblem {
   DataType data_type;     // of x and y
   DataType weight_type;   // data_type or kFloat32
   DataType operand_type;  // operands of the products are rounded to it; data_type: not rounded
+  bool tf32;              // CUDA: products of float32 may round their operands to TF32
   Activation activation;
   NormPosition norm_position;
   DepthMode depth_mode;

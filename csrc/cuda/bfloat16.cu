@@ -1,0 +1,7 @@
+#include "cuda/backward.cuh"
+#include "cuda/forward.cuh"
+
+template class adapter_ext::cuda::Forward<__nv_bfloat16,
+                                          adapter_ext::cuda::TensorCore<__nv_bfloat16>>;
+template class adapter_ext::cuda::Backward<__nv_bfloat16,
+                                           adapter_ext::cuda::TensorCore<__nv_bfloat16>>;

@@ -1,0 +1,143 @@
+// What kernels use of the machine: built-ins, instructions behind thin wrappers, and launching.
+//
+// A C++ compiler takes the same names from tests/simt, which runs kernels without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// Assertions report what no host code sees, such as ids out of range, and stay in release builds.
+#undef NDEBUG
+#include <cassert>
+#include <stdexcept>
+#include <string>
+
+namespace adapter_ext::cuda {
+
+// The block's shared memory, 16-byte aligned.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char shared[];
+  return shared;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Starts a copy of 16 bytes to shared memory, both ends aligned; bytes from `count` on become zero,
+// and are not read.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int count) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+               "l"(global), "r"(count)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+// Waits until at most `groups` of this thread's latest groups of copies are still under way.
+template <int groups>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(groups) : "memory");
+}
+
+// Loads four 8 x 8 matrices of 16-bit elements; lane 8 m + i names row i (16 bytes, aligned) of
+// matrix m. A lane gets elements 2 (lane % 4) and the next of row lane / 4 of each, or of its
+// column where `transposed`.
+template <bool transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* shared) {
+  if constexpr (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(shared))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(shared))
+                 : "memory");
+  }
+}
+
+// sum [16, 8] += a [16, 16] b [16, 8] (8 and 8 for TF32), fragments as the PTX manual has them
+// for mma.m16n8k16 and mma.m16n8k8.
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2], __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2], __half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The bits of a float rounded to TF32.
+__device__ __forceinline__ float round_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+}
+
+// What the launchers need to know of the current device.
+struct Limits {
+  int multiprocessors;
+  int shared_memory;  // bytes, of a block
+};
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+inline Limits device_limits() {
+  int device = 0;
+  Limits limits{};
+  check(cudaGetDevice(&device), "the current CUDA device");
+  check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "the device's multiprocessors");
+  check(cudaDeviceGetAttribute(&limits.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                               device),
+        "the device's shared memory");
+  return limits;
+}
+
+// Runs kernel(params) in `grid` blocks of `threads` threads, each block with `shared` bytes of
+// shared memory.
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, int shared,
+            cudaStream_t stream, const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          name);
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(threads)), arguments,
+                         static_cast<size_t>(shared), stream),
+        name);
+}
+
+}  // namespace adapter_ext::cuda
+
+#else
+#include "simt.h"
+#endif

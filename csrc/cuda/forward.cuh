@@ -1,0 +1,629 @@
+// The forward of linear_adapter. A tile of rows goes through the whole layer in one kernel; where
+// tiles are too few to keep the device busy (decode), the first product is split along D and the
+// second along its columns, in kernels of their own. An element's value does not depend on which
+// kernels made it: sums over D are taken by chunks, in the same order.
+#pragma once
+
+#include "cuda/instances.h"
+#include "cuda/rows.cuh"
+
+namespace adapter_ext::cuda {
+
+inline constexpr int kChunk = 256;  // columns of x whose products are summed first
+
+struct ForwardParams {
+  LinearAdapterForward problem;
+  SharedLayout layout;
+  Parts parts;
+  int64_t splits;   // blocks that share a tile
+  bool statistics;  // up kernel: only the post norm's moments
+  void* activated;  // operands of the second product, by position, where shared memory has no room
+  void* partials;   // [chunks, rows, hidden_stride]: the first product's sums
+  void* moments;    // [rows, column blocks, 2]: the post norm's mean and sum of squares
+  void* penalties;  // [rows, penalty_blocks]: ||d||² of each, by position
+  int64_t penalty_blocks;
+  Adapters adapters;
+};
+
+// Mean and sum of squared deviations of `count` values.
+template <class C>
+struct Moments {
+  C mean, squares, count;
+
+  // Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+  // variances" (1979).
+  __device__ __forceinline__ void add(const Moments& other) {
+    if (other.count == C(0)) return;
+    const C total = count + other.count, delta = other.mean - mean;
+    mean += delta * (other.count / total);
+    squares += other.squares + delta * delta * (count * other.count / total);
+    count = total;
+  }
+};
+
+template <class X, class P, int rows>
+class ForwardTile : public RowTile<X, P, rows> {
+  using Base = RowTile<X, P, rows>;
+
+ public:
+  using Base::active;
+  using Base::count;
+  using Base::first;
+  using Base::layout;
+  using Base::mean;
+  using Base::pre;
+  using Base::row;
+  using Base::rstd;
+  using Base::view;
+  using Base::width;
+  using typename Base::C;
+  using typename Base::Own;
+  using typename Base::Sums;
+  using typename Base::T;
+
+  const ForwardParams& params;
+  const LinearAdapterForward& f;
+  const bool x_aligned, y_aligned;
+  const int64_t column_blocks;
+
+  __device__ __forceinline__ ForwardTile(const ForwardParams& parameters, const Segment& segment,
+                                         int64_t first_position, int row_count)
+      : Base(parameters.problem, parameters.layout, segment, first_position, row_count,
+             parameters.adapters.at(segment.adapter).view),
+        params(parameters),
+        f(parameters.problem),
+        x_aligned(is_aligned(f.x, width * static_cast<int64_t>(sizeof(X)))),
+        y_aligned(is_aligned(f.y, width * static_cast<int64_t>(sizeof(X)))),
+        column_blocks((width + kBlock - 1) / kBlock) {}
+
+  // A row of x, in shared memory once it is there.
+  __device__ __forceinline__ const X* x(int i) const {
+    if (layout.x_resident) return Base::template at<X>(layout.x) + i * width;
+    return static_cast<const X*>(f.x) + row[i] * width;
+  }
+
+  // Brings the rows of x into shared memory, where it has room. Call after a barrier, and have one
+  // before they are read.
+  __device__ __forceinline__ void load_x() const {
+    if (!layout.x_resident) return;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    for (int i = warp; i < count; i += kWarps) {
+      const X* from = static_cast<const X*>(f.x) + row[i] * width;
+      X* to = Base::template at<X>(layout.x) + i * width;
+      if (x_aligned) {
+        for (int64_t c = lane * kVector<X>; c < width; c += 32 * kVector<X>) {
+          copy_async(to + c, from + c, 16);
+        }
+      } else {
+        for (int64_t c = lane; c < width; c += 32) to[c] = from[c];
+      }
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+  }
+
+  // The pre norm's mean and 1 / sqrt(variance + eps), in two passes over the row.
+  __device__ __forceinline__ void normalize() const {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    for (int i = warp; i < count; i += kWarps) {
+      const X* from = x(i);
+      const auto average = [&](auto&& term) {
+        C sum = 0;
+        for (int64_t c = lane * kVector<X>; c < width; c += 32 * kVector<X>) {
+          C values[kVector<X>];
+          load(values, from + c, width - c, x_aligned);
+#pragma unroll
+          for (int e = 0; e < kVector<X>; ++e) {
+            if (c + e < width) sum += term(values[e]);
+          }
+        }
+        return sum_over_lanes<32>(sum) / static_cast<C>(width);
+      };
+      const C average_x = average([](C v) { return v; });
+      const C variance = average([&](C v) { return (v - average_x) * (v - average_x); });
+      if (lane == 0) {
+        mean[i] = average_x;
+        rstd[i] = C(1) / sqrt(variance + static_cast<C>(f.eps));
+      }
+    }
+  }
+
+  // What the first product reads: some columns of LN(x), or of x.
+  template <int n>
+  __device__ __forceinline__ void operand(int i, int64_t column, C (&values)[n]) const {
+    const int64_t left = i < count ? width - column : 0;
+    if (left <= 0) {
+#pragma unroll
+      for (int e = 0; e < n; ++e) values[e] = C(0);
+      return;
+    }
+    load(values, x(i) + column, left, x_aligned);
+    if (!pre) return;
+    C weight[n], bias[n];  // zero behind the last column
+    this->load_norm(weight, bias, column);
+#pragma unroll
+    for (int e = 0; e < n; ++e) values[e] = (values[e] - mean[i]) * rstd[i] * weight[e] + bias[e];
+  }
+
+  // The first product for one block of the bottleneck: calls function(chunk, sums) for some chunks
+  // of columns of x, in order. Barriers come before the first access to the buffers.
+  template <class Function>
+  __device__ __forceinline__ void down(int64_t block, int64_t first_chunk, int64_t end_chunk,
+                                       Function&& function) const {
+    constexpr int chunk_steps = kChunk / kStep<P>;
+    const WeightMatrix matrix = this->Base::down();
+    const int64_t all = (width + kStep<P> - 1) / kStep<P>;
+    const int64_t end = end_chunk * chunk_steps < all ? end_chunk * chunk_steps : all;
+    const int64_t left_columns = view.bottleneck - block * kBlock;
+    const int columns = left_columns < kBlock ? static_cast<int>(left_columns) : kBlock;
+    const auto fill = [&](int64_t step) {
+      matrix.template fill<X, P, kBlock, kStep<P>>(Base::template at<T>(layout.weights[step & 1]),
+                                                   kStepPitch<P>, block * kBlock, step * kStep<P>,
+                                                   this->rounding);
+      copy_async_commit();
+    };
+    Sums sums;
+    sums.clear();
+    __syncthreads();
+    fill(first_chunk * chunk_steps);
+    for (int64_t step = first_chunk * chunk_steps; step < end; ++step) {
+      T* left = Base::template at<T>(layout.left[step & 1]);
+      fill_tile<P, rows, kStep<P>>(
+          left, kStepPitch<P>, this->rounding,
+          [&](int i, int at, auto& values) { operand(i, step * kStep<P> + at, values); });
+      copy_async_wait<0>();
+      __syncthreads();
+      if (step + 1 < end) fill(step + 1);
+      sums.template multiply<true, true>(left, kStepPitch<P>,
+                                         Base::template at<T>(layout.weights[step & 1]),
+                                         kStepPitch<P>, kStep<P>, columns);
+      if ((step + 1) % chunk_steps == 0 || step + 1 == end) {
+        function(step / chunk_steps, sums);
+        sums.clear();
+      }
+    }
+  }
+
+  // Keeps two elements of h for the backward (where `save` says so), and their activations for the
+  // second product.
+  __device__ __forceinline__ void keep_hidden(int i, int64_t j, C first_h, C second_h,
+                                              bool save) const {
+    const int64_t r = view.bottleneck;
+    if (save && f.hidden && i < count) {
+      C* to = static_cast<C*>(f.hidden) + row[i] * f.hidden_stride + j;
+      const C first_kept = active[i] && j < r ? first_h : C(0);
+      const C second_kept = active[i] && j + 1 < r ? second_h : C(0);
+      if (f.hidden_stride % 2 == 0) {
+        if (j < f.hidden_stride) store_pair(to, first_kept, second_kept);
+      } else {
+        if (j < f.hidden_stride) to[0] = first_kept;
+        if (j + 1 < f.hidden_stride) to[1] = second_kept;
+      }
+    }
+    const auto operand_of = [&](bool there, C h) {
+      return there ? P::round(value_of(f.activation, h), this->rounding) : static_cast<T>(C(0));
+    };
+    const T first_z = operand_of(j < r, first_h), second_z = operand_of(j + 1 < r, second_h);
+    if (layout.activated_resident) {
+      store_pair(Base::template at<T>(layout.activated) + i * layout.activated_pitch + j, first_z,
+                 second_z);
+    } else if (i < count) {
+      store_pair(activated_in_memory() + i * activated_stride() + j, first_z, second_z);
+    }
+  }
+
+  // What lies behind an adapter's own blocks in the saved h.
+  __device__ __forceinline__ void clear_hidden() const {
+    if (!f.hidden) return;
+    const int64_t begin = round_up(view.bottleneck, kBlock);
+    for (int i = 0; i < count; ++i) {
+      C* to = static_cast<C*>(f.hidden) + row[i] * f.hidden_stride;
+      for (int64_t j = begin + threadIdx.x; j < f.hidden_stride; j += kThreads) to[j] = C(0);
+    }
+  }
+
+  __device__ __forceinline__ void keep_statistics() const {
+    const int i = static_cast<int>(threadIdx.x);
+    if (!f.mean || i >= count) return;
+    static_cast<C*>(f.mean)[row[i]] = active[i] ? mean[i] : C(0);
+    static_cast<C*>(f.rstd)[row[i]] = active[i] ? rstd[i] : C(0);
+  }
+
+  __device__ __forceinline__ int64_t activated_stride() const {
+    return round_up(f.hidden_stride, kBlock);
+  }
+  __device__ __forceinline__ T* activated_in_memory() const {
+    return static_cast<T*>(params.activated) + first * activated_stride();
+  }
+  __device__ __forceinline__ UpProduct<X, P, rows> up_product() const {
+    return {*this, activated_in_memory(), activated_stride()};
+  }
+
+  // The post norm's moments over some blocks of columns: calls function(vector index, row, block,
+  // moments) in all threads that share a row.
+  template <class Function>
+  __device__ __forceinline__ void moments(UpProduct<X, P, rows>& up, int64_t first_block,
+                                          int64_t blocks, Function&& function) const {
+    up.start(first_block, blocks);
+    for (int64_t block = first_block; block < first_block + blocks; ++block) {
+      Sums product;
+      up.next(product);
+      product.store(this->sums, kSumPitch<C>);
+      __syncthreads();
+      const int64_t columns = width - block * kBlock < kBlock ? width - block * kBlock : kBlock;
+#pragma unroll
+      for (int v = 0; v < Own::kCount; ++v) {
+        C values[kVector<X>];
+        load_aligned(values, this->sums + Own::row(v) * kSumPitch<C> + Own::column());
+        C sum = 0, squares = 0;
+#pragma unroll
+        for (int e = 0; e < kVector<X>; ++e) {
+          if (Own::column() + e < columns) sum += values[e];
+        }
+        const C average = sum_over_lanes<Own::kLanes>(sum) / static_cast<C>(columns);
+#pragma unroll
+        for (int e = 0; e < kVector<X>; ++e) {
+          const C deviation = values[e] - average;
+          if (Own::column() + e < columns) squares += deviation * deviation;
+        }
+        function(
+            v, Own::row(v), block,
+            Moments<C>{average, sum_over_lanes<Own::kLanes>(squares), static_cast<C>(columns)});
+      }
+    }
+  }
+
+  __device__ __forceinline__ C rstd_of(const Moments<C>& moments) const {
+    return C(1) / sqrt(moments.squares / static_cast<C>(width) + static_cast<C>(f.eps));
+  }
+
+  // y = x + d, d = scale · mask ⊙ o, and ||d||², for some blocks of columns.
+  __device__ __forceinline__ void finish(UpProduct<X, P, rows>& up, int64_t first_block,
+                                         int64_t blocks, const Depth& depth) const {
+    const Dropout dropout(f);
+    C penalty[Own::kCount] = {};
+    up.start(first_block, blocks);
+    for (int64_t block = first_block; block < first_block + blocks; ++block) {
+      Sums product;
+      up.next(product);
+      product.store(this->sums, kSumPitch<C>);
+      __syncthreads();
+      const int64_t column = block * kBlock + Own::column(), left = width - column;
+#pragma unroll
+      for (int v = 0; v < Own::kCount; ++v) {
+        const int i = Own::row(v);
+        const bool there = i < count && left > 0;
+        C d[kVector<X>], from[kVector<X>], squares = 0;
+        if (there) {
+          load_aligned(d, this->sums + i * kSumPitch<C> + Own::column());
+          load(from, x(i) + column, left, x_aligned);
+          if (!pre) {
+            C weight[kVector<X>], bias[kVector<X>];
+            this->load_norm(weight, bias, column);
+#pragma unroll
+            for (int e = 0; e < kVector<X>; ++e) {
+              d[e] = (d[e] - mean[i]) * rstd[i] * weight[e] + bias[e];
+            }
+          }
+          dropout.apply(d, row[i], column);
+          const C scale = static_cast<C>(depth.kept_scale);
+#pragma unroll
+          for (int e = 0; e < kVector<X>; ++e) {
+            d[e] = active[i] ? d[e] * scale : C(0);
+            if (e < left) squares += d[e] * d[e];
+            if (f.residual) d[e] += from[e];
+          }
+          store(static_cast<X*>(f.y) + row[i] * width + column, d, left, y_aligned);
+        }
+        if (params.penalties) {
+          squares = sum_over_lanes<Own::kLanes>(squares);
+          penalty[v] += squares;
+          if (there && params.penalty_blocks > 1 && Own::column() == 0) {
+            static_cast<C*>(params.penalties)[(first + i) * params.penalty_blocks + block] =
+                squares;
+          }
+        }
+      }
+    }
+    if (params.penalties && params.penalty_blocks == 1) {
+#pragma unroll
+      for (int v = 0; v < Own::kCount; ++v) {
+        if (Own::row(v) < count && Own::column() == 0) {
+          static_cast<C*>(params.penalties)[first + Own::row(v)] = penalty[v];
+        }
+      }
+    }
+  }
+};
+
+// What the kernels do for rows that no adapter changes: y = x, and zeros for the backward.
+template <class X, class C>
+__device__ void forward_untouched(const LinearAdapterForward& f, int64_t first, int count) {
+  const int64_t width = f.hidden_size, bytes = width * static_cast<int64_t>(sizeof(X));
+  const bool aligned = is_aligned(f.x, bytes) && is_aligned(f.y, bytes);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kWarps) {
+    const int64_t row = row_at(f.routing, first + i);
+    copy_row(static_cast<X*>(f.y) + row * width, static_cast<const X*>(f.x) + row * width, width,
+             aligned);
+    if (!f.hidden) continue;
+    for (int64_t j = lane; j < f.hidden_stride; j += 32) {
+      static_cast<C*>(f.hidden)[row * f.hidden_stride + j] = C(0);
+    }
+    if (lane == 0) static_cast<C*>(f.mean)[row] = static_cast<C*>(f.rstd)[row] = C(0);
+  }
+}
+
+// The rows of a block; false where it has none, or where no adapter changes them.
+template <class X, class C>
+__device__ __forceinline__ bool forward_work(const ForwardParams& params, const Depth& depth,
+                                             int64_t block, bool first_of_tile, Segment& segment,
+                                             int64_t& first, int& count) {
+  const LinearAdapterForward& f = params.problem;
+  if (!f.l2_lambda && block == 0 && first_of_tile) {
+    for (int64_t a = threadIdx.x; a < f.routing.adapters; a += kThreads) {
+      static_cast<C*>(f.aux)[a] = C(0);
+    }
+  }
+  segment = params.parts.find(f.routing, block);
+  first = segment.begin + segment.part * params.parts.size;
+  const int64_t left = segment.end - first;
+  if (left <= 0) return false;
+  count = static_cast<int>(left < params.parts.size ? left : params.parts.size);
+  if (segment.adapter < f.routing.adapters && depth.keeps_adapter(f, segment.adapter)) return true;
+  if (first_of_tile) forward_untouched<X, C>(f, first, count);
+  return false;
+}
+
+// The whole layer for a tile of rows.
+template <class X, class P, int rows>
+__global__ __launch_bounds__(kThreads) void forward_kernel(
+    const __grid_constant__ ForwardParams params) {
+  using Tile = ForwardTile<X, P, rows>;
+  using C = typename P::Sum;
+  const Depth depth(params.problem);
+  Segment segment;
+  int64_t first;
+  int count;
+  if (!forward_work<X, C>(params, depth, blockIdx.x, true, segment, first, count)) return;
+  const Tile tile(params, segment, first, count);
+  tile.find_rows(depth);
+  __syncthreads();
+  tile.load_x();
+  __syncthreads();
+  if (tile.pre) tile.normalize();
+  const int64_t chunks = (tile.width + kChunk - 1) / kChunk;
+  for (int64_t block = 0; block * kBlock < tile.view.bottleneck; ++block) {
+    typename Tile::Sums hidden;
+    hidden.clear();
+    tile.down(block, 0, chunks, [&](int64_t, const auto& sums) { hidden.add(sums); });
+    hidden.for_each_pair([&](int i, int column, C first_h, C second_h) {
+      tile.keep_hidden(i, block * kBlock + column, first_h, second_h, true);
+    });
+  }
+  tile.clear_hidden();
+  auto up = tile.up_product();
+  if (!tile.pre) {
+    Moments<C> all[Tile::Own::kCount] = {};
+    tile.moments(up, 0, tile.column_blocks,
+                 [&](int v, int, int64_t, const Moments<C>& some) { all[v].add(some); });
+    for (int v = 0; v < Tile::Own::kCount; ++v) {
+      if (Tile::Own::column() == 0) {
+        tile.mean[Tile::Own::row(v)] = all[v].mean;
+        tile.rstd[Tile::Own::row(v)] = tile.rstd_of(all[v]);
+      }
+    }
+    __syncthreads();
+  }
+  tile.keep_statistics();
+  tile.finish(up, 0, tile.column_blocks, depth);
+}
+
+// Decode, first kernel: the first product's sums over some chunks of columns.
+template <class X, class P>
+__global__ __launch_bounds__(kThreads) void forward_down_kernel(
+    const __grid_constant__ ForwardParams params) {
+  using Tile = ForwardTile<X, P, 16>;
+  using C = typename P::Sum;
+  const int64_t split = blockIdx.x % params.splits;
+  const Depth depth(params.problem);
+  Segment segment;
+  int64_t first;
+  int count;
+  if (!forward_work<X, C>(params, depth, blockIdx.x / params.splits, split == 0, segment, first,
+                          count)) {
+    return;
+  }
+  const Tile tile(params, segment, first, count);
+  tile.find_rows(depth);
+  __syncthreads();
+  if (tile.pre) {
+    tile.normalize();
+    __syncthreads();
+    if (split == 0) tile.keep_statistics();
+  }
+  const int64_t chunks = (tile.width + kChunk - 1) / kChunk;
+  const int64_t begin = split * chunks / params.splits, end = (split + 1) * chunks / params.splits;
+  const int64_t stride = round_up(tile.f.hidden_stride, 2);
+  for (int64_t block = 0; block * kBlock < tile.view.bottleneck; ++block) {
+    tile.down(block, begin, end, [&](int64_t chunk, auto& sums) {
+      C* to = static_cast<C*>(params.partials) + (chunk * tile.f.rows + first) * stride;
+      sums.for_each_pair([&](int i, int column, C first_sum, C second_sum) {
+        const int64_t j = block * kBlock + column;
+        if (i < count && j < stride) store_pair(to + i * stride + j, first_sum, second_sum);
+      });
+    });
+  }
+}
+
+// Decode, second kernel: the second product and what follows, for some blocks of columns.
+template <class X, class P>
+__global__ __launch_bounds__(kThreads) void forward_up_kernel(
+    const __grid_constant__ ForwardParams params) {
+  using Tile = ForwardTile<X, P, 16>;
+  using C = typename P::Sum;
+  const LinearAdapterForward& f = params.problem;
+  const int64_t split = blockIdx.x % params.splits;
+  const Depth depth(f);
+  const Segment segment = params.parts.find(f.routing, blockIdx.x / params.splits);
+  const int64_t first = segment.begin + segment.part * params.parts.size;
+  if (segment.adapter >= f.routing.adapters || first >= segment.end ||
+      !depth.keeps_adapter(f, segment.adapter)) {
+    return;
+  }
+  const int64_t left = segment.end - first;
+  const int count = left < 16 ? static_cast<int>(left) : 16;
+  const Tile tile(params, segment, first, count);
+  tile.find_rows(depth);
+  __syncthreads();
+  const int64_t chunks = (tile.width + kChunk - 1) / kChunk;
+  const int64_t stride = round_up(f.hidden_stride, 2);
+  const int64_t padded = round_up(tile.view.bottleneck, kBlock);
+  for (int64_t pair = threadIdx.x; pair < 16 * padded / 2; pair += kThreads) {
+    const int i = static_cast<int>(pair / (padded / 2));
+    const int64_t j = pair % (padded / 2) * 2;
+    C sum[2] = {};
+    if (i < count && j < stride) {
+      const C* from = static_cast<const C*>(params.partials) + (first + i) * stride + j;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        sum[0] += from[chunk * f.rows * stride];
+        sum[1] += from[chunk * f.rows * stride + 1];
+      }
+    }
+    tile.keep_hidden(i, j, sum[0], sum[1], split == 0 && !params.statistics);
+  }
+  if (split == 0 && !params.statistics) tile.clear_hidden();
+  const int64_t begin = split * tile.column_blocks / params.splits;
+  const int64_t end = (split + 1) * tile.column_blocks / params.splits;
+  auto up = tile.up_product();
+  C* moments = static_cast<C*>(params.moments) + 2 * first * tile.column_blocks;
+  if (params.statistics) {
+    tile.moments(up, begin, end - begin, [&](int, int i, int64_t block, const Moments<C>& some) {
+      if (i < count && Tile::Own::column() == 0) {
+        moments[2 * (i * tile.column_blocks + block)] = some.mean;
+        moments[2 * (i * tile.column_blocks + block) + 1] = some.squares;
+      }
+    });
+    return;
+  }
+  if (!tile.pre) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < count) {
+      Moments<C> all = {};
+      for (int64_t block = 0; block < tile.column_blocks; ++block) {
+        const int64_t columns = tile.width - block * kBlock;
+        const C* from = moments + 2 * (i * tile.column_blocks + block);
+        all.add({from[0], from[1], static_cast<C>(columns < kBlock ? columns : kBlock)});
+      }
+      tile.mean[i] = all.mean;
+      tile.rstd[i] = tile.rstd_of(all);
+    }
+    __syncthreads();
+    if (split == 0) tile.keep_statistics();
+  }
+  tile.finish(up, begin, end - begin, depth);
+}
+
+// aux[a] = λ / B Σ ||d||² over the adapter's rows, in an order that depends on their number alone.
+template <class C>
+__global__ __launch_bounds__(kThreads) void aux_kernel(
+    const __grid_constant__ ForwardParams params) {
+  const LinearAdapterForward& f = params.problem;
+  const int64_t a = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t begin = first_position(f.routing, a), end = first_position(f.routing, a + 1);
+  double sum = 0;
+  if (Depth(f).keeps_adapter(f, a)) {
+    for (int64_t position = begin + thread; position < end; position += kThreads) {
+      C penalty = 0;
+      const C* from = static_cast<const C*>(params.penalties) + position * params.penalty_blocks;
+      for (int64_t block = 0; block < params.penalty_blocks; ++block) penalty += from[block];
+      sum += static_cast<double>(penalty);
+    }
+  }
+  sum = sum_over_lanes<32>(sum);
+  double* of_warp = reinterpret_cast<double*>(shared_memory());
+  if (thread % 32 == 0) of_warp[thread / 32] = sum;
+  __syncthreads();
+  if (thread == 0) {
+    for (int warp = 1; warp < kWarps; ++warp) sum += of_warp[warp];
+    const double samples = static_cast<double>(
+        (end - begin) / (f.routing.rows_per_sample > 0 ? f.routing.rows_per_sample : 1));
+    const double lambda = static_cast<double>(static_cast<const C*>(f.l2_lambda)[a]);
+    static_cast<C*>(f.aux)[a] = samples > 0 ? static_cast<C>(lambda * sum / samples) : C(0);
+  }
+}
+
+static_assert(sizeof(ForwardParams) <= 4096);
+
+template <class X, class P, int rows>
+void forward_whole(const ForwardCall& call, ForwardParams& params) {
+  const LinearAdapterForward& f = call.problem;
+  // Two blocks of a multiprocessor at least, so that one computes while the other waits.
+  params.layout = shared_layout<X, P, rows>(f, call.limits.shared_memory / 2, true);
+  if (!params.layout.activated_resident) {
+    params.layout = shared_layout<X, P, rows>(f, call.limits.shared_memory, false);
+  }
+  params.parts = Parts::make(f, rows, false);
+  launch("linear_adapter", &forward_kernel<X, P, rows>, grid("linear_adapter", params.parts.blocks),
+         kThreads, params.layout.bytes, call.stream, params);
+}
+
+template <class X, class P>
+void Forward<X, P>::run(const ForwardCall& call) {
+  using T = typename P::Operand;
+  using C = typename P::Sum;
+  const LinearAdapterForward& f = call.problem;
+  ForwardParams params{};
+  params.problem = f;
+  params.adapters = call.adapters;
+  const int64_t processors = call.limits.multiprocessors;
+  const int64_t tiles = f.rows / 16 + std::min(f.routing.adapters, f.rows);
+  const SharedLayout split_layout = shared_layout<X, P, 16>(f, call.limits.shared_memory, false);
+  const bool split = tiles < 2 * processors && split_layout.activated_resident;
+  const int64_t chunks = (f.hidden_size + kChunk - 1) / kChunk;
+  const int64_t column_blocks = (f.hidden_size + kBlock - 1) / kBlock;
+  params.penalty_blocks = split ? column_blocks : 1;
+  Carver workspace(call.workspace);
+  const int64_t operands = f.rows * round_up(f.hidden_stride, kBlock);
+  params.activated = workspace.take<T>(operands);
+  if (split) params.partials = workspace.take<C>(chunks * f.rows * round_up(f.hidden_stride, 2));
+  if (split) params.moments = workspace.take<C>(2 * f.rows * column_blocks);
+  C* penalties = workspace.take<C>(f.rows * params.penalty_blocks);
+  if (f.l2_lambda) params.penalties = penalties;
+  if (call.bytes) {
+    *call.bytes = workspace.bytes();
+    return;
+  }
+  const auto launch_with = [&](const char* name, auto kernel, int64_t blocks) {
+    launch(name, kernel, grid(name, blocks), kThreads, params.layout.bytes, call.stream, params);
+  };
+  if (split) {
+    params.layout = split_layout;
+    params.parts = Parts::make(f, 16, false);
+    const int64_t wanted =
+        4 * processors / std::max<int64_t>(std::min(tiles, params.parts.blocks), 1);
+    params.splits = std::clamp<int64_t>(wanted, 1, chunks);
+    launch_with("linear_adapter's first product", &forward_down_kernel<X, P>,
+                params.parts.blocks * params.splits);
+    params.splits = std::clamp<int64_t>(wanted, 1, column_blocks);
+    if (f.norm_position == NormPosition::kPost) {
+      params.statistics = true;
+      launch_with("linear_adapter's statistics", &forward_up_kernel<X, P>,
+                  params.parts.blocks * params.splits);
+      params.statistics = false;
+    }
+    launch_with("linear_adapter's second product", &forward_up_kernel<X, P>,
+                params.parts.blocks * params.splits);
+  } else if (f.rows / 64 >= processors && f.rows / std::max<int64_t>(f.routing.adapters, 1) >= 48) {
+    forward_whole<X, P, 64>(call, params);
+  } else {
+    forward_whole<X, P, 16>(call, params);
+  }
+  if (f.l2_lambda && f.routing.adapters > 0) {
+    launch("linear_adapter's auxiliary loss", &aux_kernel<C>,
+           grid("linear_adapter", f.routing.adapters), kThreads, kWarps * 8, call.stream, params);
+  }
+}
+
+}  // namespace adapter_ext::cuda

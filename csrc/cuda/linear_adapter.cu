@@ -1,0 +1,130 @@
+// The launchers of linear_adapter: adapters in launch parameters, and the choice of types.
+#include "cuda/instances.h"
+#include "cuda/linear_adapter.h"
+
+namespace adapter_ext::cuda {
+namespace {
+
+// Lists that launch parameters have no room for are brought to device memory by them, some at a
+// time: a copy from the caller's memory could not be captured in a CUDA graph.
+struct ListParams {
+  Adapter* to;
+  int count;
+  Adapter from[Adapters::kInline];
+};
+static_assert(sizeof(ListParams) <= 4096);
+
+__global__ void list_kernel(const __grid_constant__ ListParams params) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < params.count) params.to[i] = params.from[i];
+}
+
+const AdapterGradients* gradients_of(const LinearAdapterForward&) { return nullptr; }
+const AdapterGradients* gradients_of(const LinearAdapterBackward& problem) {
+  return problem.gradients;
+}
+
+int64_t element_size(DataType type) {
+  return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
+}
+
+template <class ProblemType>
+Call<ProblemType> make_call(const ProblemType& problem, void* workspace, int64_t* bytes,
+                            Stream stream) {
+  Call<ProblemType> call{problem, {}, device_limits(), workspace, bytes, stream};
+  const AdapterTable& table = problem.adapters;
+  const AdapterGradients* gradients = gradients_of(problem);
+  Adapters& adapters = call.adapters;
+  const int64_t count = problem.routing.adapters;
+  if (!table.list) {
+    const int64_t size = element_size(problem.weight_type);
+    adapters.stacked = true;
+    adapters.adapter[0] = {table.first, gradients && count ? gradients[0] : AdapterGradients{}};
+    adapters.norm_weight_step = table.norm_weight_step;
+    adapters.norm_bias_step = table.norm_bias_step;
+    adapters.down_step = table.down_step;
+    adapters.up_step = table.up_step;
+    adapters.gradient_vector_step = problem.hidden_size * size;
+    adapters.gradient_matrix_step = problem.hidden_size * problem.hidden_stride * size;
+    return call;
+  }
+  const auto some = [&](Adapter* to, int64_t first, int64_t number) {
+    for (int64_t i = 0; i < number; ++i) {
+      to[i] = {table.list[first + i], gradients ? gradients[first + i] : AdapterGradients{}};
+    }
+  };
+  if (count <= Adapters::kInline) {
+    some(adapters.adapter, 0, count);
+    return call;
+  }
+  Carver carver(workspace);
+  Adapter* list = carver.take<Adapter>(count);
+  adapters.list = list;
+  call.workspace = workspace ? static_cast<char*>(workspace) + carver.bytes() : nullptr;
+  if (bytes) {
+    *bytes = carver.bytes();
+    return call;
+  }
+  for (int64_t first = 0; first < count; first += Adapters::kInline) {
+    ListParams params{};
+    params.to = list + first;
+    params.count = static_cast<int>(std::min<int64_t>(count - first, Adapters::kInline));
+    some(params.from, first, params.count);
+    launch("linear_adapter's list of adapters", &list_kernel, dim3(1), 64, 0, stream, params);
+  }
+  return call;
+}
+
+template <template <class, class> class Kernels, class ProblemType>
+void dispatch(const Call<ProblemType>& call) {
+  const LinearAdapterProblem& p = call.problem;
+  const auto run = [&]<class X, class P>() { Kernels<X, P>::run(call); };
+  // Tensor cores round operands to 16 bits: where x and the weights have those bits already, or
+  // where the caller asks for it.
+  switch (p.data_type) {
+    case DataType::kFloat64: return run.template operator()<double, MultiplyAdd<double>>();
+    case DataType::kFloat32:
+      switch (p.operand_type) {
+        case DataType::kBFloat16:
+          return run.template operator()<float, TensorCore<__nv_bfloat16>>();
+        case DataType::kFloat16: return run.template operator()<float, TensorCore<__half>>();
+        default:
+          return p.tf32 ? run.template operator()<float, Tf32>()
+                        : run.template operator()<float, MultiplyAdd<float>>();
+      }
+    case DataType::kBFloat16:
+      return p.operand_type == p.data_type && p.weight_type == p.data_type
+                 ? run.template operator()<__nv_bfloat16, TensorCore<__nv_bfloat16>>()
+                 : run.template operator()<__nv_bfloat16, MultiplyAdd<float>>();
+    case DataType::kFloat16:
+      return p.operand_type == p.data_type && p.weight_type == p.data_type
+                 ? run.template operator()<__half, TensorCore<__half>>()
+                 : run.template operator()<__half, MultiplyAdd<float>>();
+  }
+}
+
+template <template <class, class> class Kernels, class ProblemType>
+int64_t bytes_of(const ProblemType& problem) {
+  int64_t list = 0;
+  auto call = make_call(problem, nullptr, &list, nullptr);
+  int64_t own = 0;
+  call.bytes = &own;
+  dispatch<Kernels>(call);
+  return list + own;
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const LinearAdapterForward& problem) { return bytes_of<Forward>(problem); }
+int64_t workspace_bytes(const LinearAdapterBackward& problem) {
+  return bytes_of<Backward>(problem);
+}
+
+void linear_adapter(const LinearAdapterForward& problem, void* workspace, Stream stream) {
+  dispatch<Forward>(make_call(problem, workspace, nullptr, stream));
+}
+void linear_adapter(const LinearAdapterBackward& problem, void* workspace, Stream stream) {
+  dispatch<Backward>(make_call(problem, workspace, nullptr, stream));
+}
+
+}  // namespace adapter_ext::cuda

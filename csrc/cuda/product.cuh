@@ -1,0 +1,281 @@
+// Products of tiles in shared memory by one block: sum [rows, 64] += a [rows, k] b [k, 64].
+//
+// All of them, by tensor cores or not, leave the sums in the layout of mma.m16n8: a warp has 16
+// rows and some tiles of 8 columns; of a tile, lane 4 g + t has columns 2 t and 2 t + 1 of row g in
+// elements 0 and 1, of row g + 8 in elements 2 and 3. An element's sum is taken in the order of k,
+// whatever the tile it falls in.
+#pragma once
+
+#include "cuda/types.cuh"
+
+namespace adapter_ext::cuda {
+
+// How operands are made and multiplied. `Operand` is their type in shared memory.
+template <class T>
+struct TensorCore {  // of 16-bit operands
+  using Operand = T;
+  using Sum = float;
+  static __device__ __forceinline__ T round(float value, DataType) { return static_cast<T>(value); }
+};
+struct Tf32 {  // rounded when fragments are read, so that tiles can be copied as they are
+  using Operand = float;
+  using Sum = float;
+  static __device__ __forceinline__ float round(float value, DataType) { return value; }
+};
+template <class C>
+struct MultiplyAdd {
+  using Operand = C;
+  using Sum = C;
+  static __device__ __forceinline__ C round(C value, DataType type) {
+    if (type == DataType::kBFloat16) {
+      return static_cast<C>(static_cast<float>(__nv_bfloat16(static_cast<float>(value))));
+    }
+    if (type == DataType::kFloat16) {
+      return static_cast<C>(static_cast<float>(__half(static_cast<float>(value))));
+    }
+    return value;
+  }
+};
+
+// Elements of k in 128 bytes, which is how wide tiles are along k.
+template <class P>
+inline constexpr int kStep = 128 / static_cast<int>(sizeof(typename P::Operand));
+
+// Elements from a row of a tile to the next. Those of the first kind are read along rows by
+// fragments of eight rows, those of the second along columns; both without bank conflicts.
+template <class P>
+inline constexpr int kStepPitch = kStep<P> + 16 / static_cast<int>(sizeof(typename P::Operand));
+template <class P>
+inline constexpr int kBlockPitch =
+    kBlock + (sizeof(typename P::Operand) == 4 ? 8 : 16 / sizeof(typename P::Operand));
+
+// Which part of [rows, 64] this warp has.
+template <int rows>
+struct WarpTile {
+  static_assert(rows == 16 || rows == 32 || rows == 64);
+  static constexpr int kDown = rows / 16, kAcross = kWarps / kDown;
+  static constexpr int kColumns = kBlock / kAcross, kTiles = kColumns / 8;
+
+  int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  int first_row = warp % kDown * 16, first_column = warp / kDown * kColumns;
+  int g = lane / 4, t = lane % 4;
+};
+
+template <class P, int rows>
+struct Product {
+  using T = typename P::Operand;
+  using C = typename P::Sum;
+  using Warp = WarpTile<rows>;
+  static constexpr int kTiles = Warp::kTiles;
+
+  C sum[kTiles][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][e] = C(0);
+    }
+  }
+
+  __device__ __forceinline__ void add(const Product& other) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][e] += other.sum[i][e];
+    }
+  }
+
+  // `a` is stored [rows, k] (a_along_k) or [k, rows], `b` [64, k] (b_along_k) or [k, 64]; `depth`,
+  // a multiple of 16, is the extent of k. Sums of columns from `columns` on are left as they are.
+  template <bool a_along_k, bool b_along_k>
+  __device__ __forceinline__ void multiply(const T* a, int a_pitch, const T* b, int b_pitch,
+                                           int depth, int columns = kBlock) {
+    const Warp warp;
+    if constexpr (std::is_same_v<P, Tf32>) {
+      for (int k = 0; k < depth; k += 8) {
+        const auto at = [](const T* tile, int pitch, bool along_k, int index, int k) {
+          return __float_as_uint(
+              round_tf32(along_k ? tile[index * pitch + k] : tile[k * pitch + index]));
+        };
+        const int row = warp.first_row + warp.g;
+        const uint32_t fragment[4] = {at(a, a_pitch, a_along_k, row, k + warp.t),
+                                      at(a, a_pitch, a_along_k, row + 8, k + warp.t),
+                                      at(a, a_pitch, a_along_k, row, k + warp.t + 4),
+                                      at(a, a_pitch, a_along_k, row + 8, k + warp.t + 4)};
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          if (warp.first_column + 8 * i >= columns) break;
+          const int column = warp.first_column + 8 * i + warp.g;
+          const uint32_t other[2] = {at(b, b_pitch, b_along_k, column, k + warp.t),
+                                     at(b, b_pitch, b_along_k, column, k + warp.t + 4)};
+          multiply_add_tf32(sum[i], fragment, other);
+        }
+      }
+    } else if constexpr (std::is_same_v<P, MultiplyAdd<C>>) {
+      constexpr int n = kVector<C>;
+      const auto read = [](C(&to)[n], const C* tile, int pitch, bool along_k, int index, int k) {
+        if (along_k) return load_aligned(to, tile + index * pitch + k);
+#pragma unroll
+        for (int i = 0; i < n; ++i) to[i] = tile[(k + i) * pitch + index];
+      };
+      for (int k = 0; k < depth; k += n) {
+        C left[2][n];
+        const int row = warp.first_row + warp.g;
+        read(left[0], a, a_pitch, a_along_k, row, k);
+        read(left[1], a, a_pitch, a_along_k, row + 8, k);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          if (warp.first_column + 8 * i >= columns) break;
+          const int column = warp.first_column + 8 * i + 2 * warp.t;
+          C right[2][n];
+          read(right[0], b, b_pitch, b_along_k, column, k);
+          read(right[1], b, b_pitch, b_along_k, column + 1, k);
+#pragma unroll
+          for (int step = 0; step < n; ++step) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[i][e] += left[e / 2][step] * right[e % 2][step];
+          }
+        }
+      }
+    } else {
+      // A lane's row of the four 8 x 8 matrices that load_matrices reads.
+      const int matrix = warp.lane / 8, line = warp.lane % 8;
+      for (int k = 0; k < depth; k += 16) {
+        uint32_t fragment[4];
+        if constexpr (a_along_k) {
+          load_matrices<false>(fragment, a + (warp.first_row + matrix % 2 * 8 + line) * a_pitch +
+                                             k + matrix / 2 * 8);
+        } else {
+          load_matrices<true>(fragment, a + (k + matrix / 2 * 8 + line) * a_pitch + warp.first_row +
+                                            matrix % 2 * 8);
+        }
+#pragma unroll
+        for (int i = 0; i < kTiles; i += 2) {
+          const int column = warp.first_column + 8 * i;
+          if (column >= columns) break;
+          uint32_t pair[4];
+          if constexpr (b_along_k) {
+            load_matrices<false>(
+                pair, b + (column + matrix / 2 * 8 + line) * b_pitch + k + matrix % 2 * 8);
+          } else {
+            load_matrices<true>(
+                pair, b + (k + matrix % 2 * 8 + line) * b_pitch + column + matrix / 2 * 8);
+          }
+          const uint32_t first[2] = {pair[0], pair[1]}, second[2] = {pair[2], pair[3]};
+          multiply_add(sum[i], fragment, first, T{});
+          multiply_add(sum[i + 1], fragment, second, T{});
+        }
+      }
+    }
+  }
+
+  // Calls function(row, column, two sums in neighbouring columns).
+  template <class Function>
+  __device__ __forceinline__ void for_each_pair(Function&& function) {
+    const Warp warp;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        function(warp.first_row + warp.g + 8 * half, warp.first_column + 8 * i + 2 * warp.t,
+                 sum[i][2 * half], sum[i][2 * half + 1]);
+      }
+    }
+  }
+
+  // Writes the sums to a tile in shared memory.
+  __device__ __forceinline__ void store(C* tile, int pitch) {
+    for_each_pair([&](int row, int column, C first, C second) {
+      store_pair(tile + row * pitch + column, first, second);
+    });
+  }
+};
+
+// Elements from a row of a tile of sums to the next.
+template <class C>
+inline constexpr int kSumPitch = kBlock + 8;
+
+// Rounds n values to operands, and writes them.
+template <class P, int n>
+__device__ __forceinline__ void store_operands(typename P::Operand* to,
+                                               const typename P::Sum (&values)[n],
+                                               DataType rounding) {
+  alignas(16) typename P::Operand operands[n];
+#pragma unroll
+  for (int e = 0; e < n; ++e) operands[e] = P::round(values[e], rounding);
+  put(to, operands);
+}
+
+// Fills a [rows, columns] tile of operands: source(row, column, values) gives kVector<Operand>
+// values. Values are all read before any is written, so that the reads overlap.
+template <class P, int rows, int columns, class Source>
+__device__ __forceinline__ void fill_tile(typename P::Operand* tile, int pitch, DataType rounding,
+                                          Source&& source) {
+  using T = typename P::Operand;
+  constexpr int n = kVector<T>, across = columns / n, count = rows * across / kThreads;
+  static_assert(count * kThreads == rows * across);
+  typename P::Sum values[count][n];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
+    source(vector / across, vector % across * n, values[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
+    store_operands<P>(tile + vector / across * pitch + vector % across * n, values[i], rounding);
+  }
+}
+
+// A [rows, columns] part of a weight matrix, as it is stored. Only pointers of registers.
+struct WeightMatrix {
+  const void* data;
+  int64_t stride;         // from a row to the next, in elements
+  int64_t rows, columns;  // what lies outside is zero
+  bool is_float, aligned, copied;
+
+  // `copied`: the tile's elements are the matrix's, so that they can be copied asynchronously.
+  template <class X, class P>
+  static __device__ __forceinline__ WeightMatrix make(const void* data, int64_t stride,
+                                                      int64_t rows, int64_t columns, bool is_float,
+                                                      bool rounded) {
+    const int64_t size = is_float ? 4 : static_cast<int64_t>(sizeof(X));
+    const bool aligned = is_aligned(data, stride * size);
+    const bool same = std::is_same_v<typename P::Operand, float> ? is_float
+                      : std::is_same_v<typename P::Operand, X>   ? !is_float
+                                                                 : false;
+    return {data, stride, rows, columns, is_float, aligned, aligned && same && !rounded};
+  }
+
+  // Starts filling a tile with the part that begins at (row, column). The caller commits, waits and
+  // synchronises.
+  template <class X, class P, int tile_rows, int tile_columns>
+  __device__ __forceinline__ void fill(typename P::Operand* tile, int pitch, int64_t row,
+                                       int64_t column, DataType rounding) const {
+    using T = typename P::Operand;
+    constexpr int n = kVector<T>, across = tile_columns / n;
+    if (copied) {
+      const T* from = static_cast<const T*>(data);
+#pragma unroll
+      for (int i = 0; i < tile_rows * across / kThreads; ++i) {
+        const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
+        const int tile_row = vector / across, tile_column = vector % across * n;
+        const int64_t left = row + tile_row < rows ? columns - column - tile_column : 0;
+        const int count = left <= 0 ? 0 : left < n ? static_cast<int>(left) : n;
+        copy_async(tile + tile_row * pitch + tile_column,
+                   count ? from + (row + tile_row) * stride + column + tile_column : from,
+                   count * static_cast<int>(sizeof(T)));
+      }
+    } else {
+      fill_tile<P, tile_rows, tile_columns>(
+          tile, pitch, rounding, [&](int tile_row, int tile_column, auto& values) {
+            const int64_t left = row + tile_row < rows ? columns - column - tile_column : 0;
+            load_weights<X>(values, data, is_float,
+                            (row + tile_row) * stride + column + tile_column, left, aligned);
+          });
+    }
+  }
+};
+
+}  // namespace adapter_ext::cuda

@@ -1,0 +1,189 @@
+// Which work a block has: adapters in launch parameters, tiles of rows found in the routing, and
+// what stochastic depth and dropout say about rows.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "common/philox.h"
+#include "cuda/types.cuh"
+
+namespace adapter_ext::cuda {
+
+// The next multiple.
+ADAPTER_EXT_HOST_DEVICE constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The adapters' weights, and in the backward their gradients. Up to kInline adapters travel with
+// the launch parameters; longer lists lie in device memory, stacks are described by their first.
+struct Adapter {
+  AdapterView view;
+  AdapterGradients gradients;
+};
+struct Adapters {
+  static constexpr int kInline = 36;  // as many as launch parameters have room for
+
+  const Adapter* list;  // in device memory, or null
+  bool stacked;
+  Adapter adapter[kInline];
+  int64_t norm_weight_step, norm_bias_step, down_step, up_step;  // in bytes, of stacks
+  int64_t gradient_vector_step, gradient_matrix_step;
+
+  __device__ __forceinline__ Adapter at(int64_t a) const {
+    if (list) return list[a];
+    if (!stacked) return adapter[a];
+    Adapter result = adapter[0];
+    const auto move = [a]<class Void>(Void*& pointer, int64_t step) {
+      using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+      if (pointer) pointer = static_cast<Byte*>(pointer) + a * step;
+    };
+    move(result.view.norm_weight, norm_weight_step);
+    move(result.view.norm_bias, norm_bias_step);
+    move(result.view.down, down_step);
+    move(result.view.up, up_step);
+    move(result.gradients.norm_weight, gradient_vector_step);
+    move(result.gradients.norm_bias, gradient_vector_step);
+    move(result.gradients.down, gradient_matrix_step);
+    move(result.gradients.up, gradient_matrix_step);
+    return result;
+  }
+};
+
+// Where the rows of an adapter begin, in the order of the routing; adapters + 1 is behind the rows
+// without an adapter, which come last.
+__device__ __forceinline__ int64_t first_position(const RoutingView& routing, int64_t a) {
+  const int64_t samples = a > routing.adapters ? routing.samples
+                          : routing.offsets    ? routing.offsets[a]
+                                               : (a == 0 ? 0 : routing.samples);
+  return samples * routing.rows_per_sample;
+}
+
+// The row of x at a position.
+__device__ __forceinline__ int64_t row_at(const RoutingView& routing, int64_t position) {
+  if (!routing.order) return position;
+  const int64_t sample = routing.order[position / routing.rows_per_sample];
+  assert(sample >= 0 && sample < routing.samples);  // a routing made by hand may be wrong
+  return sample * routing.rows_per_sample + position % routing.rows_per_sample;
+}
+
+// Part of an adapter's rows. Adapter `adapters` stands for the rows without one.
+struct Segment {
+  int64_t adapter;
+  int64_t begin, end;  // positions of all rows of the adapter
+  int64_t part;        // which part of them; it may be one that is not there
+};
+
+// How blocks are dealt out to parts of `size` rows of every adapter, without the host knowing the
+// offsets. Few adapters: one whose rows begin at o takes the blocks from floor(o / size) + its
+// index on, which leaves each at least one and always enough. More adapters than rows: there is a
+// block for every row, and those at which a part begins have work.
+struct Parts {
+  int64_t size;
+  int64_t blocks;
+  bool by_row;
+
+  static Parts make(const LinearAdapterProblem& problem, int64_t size, bool every_adapter) {
+    const int64_t bound = problem.rows / size + problem.routing.adapters + 1;
+    const bool by_row = !every_adapter && problem.rows < bound;
+    return {size, by_row ? std::max<int64_t>(problem.rows, 1) : bound, by_row};
+  }
+
+  // The part of a block. Warps search on their own, each lane one candidate.
+  __device__ __forceinline__ Segment find(const RoutingView& routing, int64_t block) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto first_block = [&](int64_t a) {
+      const int64_t position = first_position(routing, a);
+      return by_row ? position : position / size + a;
+    };
+    int64_t low = 0, count = routing.adapters + 1;
+    while (count > 1) {
+      const int64_t step = (count + 31) / 32;
+      const bool before = lane * step < count && first_block(low + lane * step) <= block;
+      const int top = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, before)));
+      assert(top >= 0);  // offsets made by hand that do not begin with 0
+      low += top * step;
+      count = count - top * step < step ? count - top * step : step;
+    }
+    const int64_t begin = first_position(routing, low), end = first_position(routing, low + 1);
+    assert(begin >= 0 && begin <= end && end <= routing.samples * routing.rows_per_sample);
+    const int64_t index = block - first_block(low);
+    if (!by_row) return {low, begin, end, index};
+    return {low, begin, end, index % size == 0 ? index / size : end - begin};
+  }
+};
+
+// Stochastic depth: what becomes of an adapter or of a sample.
+struct Depth {
+  bool drops;
+  PhiloxKey key;
+  uint64_t threshold;
+  double kept_scale;
+
+  __device__ __forceinline__ explicit Depth(const LinearAdapterProblem& p)
+      : drops(p.stochastic_depth > 0.0),
+        key(drops ? philox_key(*p.seed) : PhiloxKey{}),
+        threshold(drop_threshold(p.stochastic_depth)),
+        kept_scale(p.stochastic_depth < 1.0 ? 1.0 / (1.0 - p.stochastic_depth) : 0.0) {}
+
+  __device__ __forceinline__ bool keeps_adapter(const LinearAdapterProblem& p, int64_t a) const {
+    return !drops || p.depth_mode != DepthMode::kCall || depth_keeps(a, key, threshold);
+  }
+  __device__ __forceinline__ bool keeps_row(const LinearAdapterProblem& p, int64_t row) const {
+    return !drops || p.depth_mode != DepthMode::kSample ||
+           depth_keeps(row / p.routing.rows_per_sample, key, threshold);
+  }
+};
+
+// Dropout of the output: 0 or 1 / keep probability for each element.
+struct Dropout {
+  bool active;
+  PhiloxKey key;
+  uint64_t threshold;
+  double kept_scale;
+
+  __device__ __forceinline__ explicit Dropout(const LinearAdapterProblem& p)
+      : active(drop_threshold(p.dropout) > 0),
+        key(active ? philox_key(*p.seed) : PhiloxKey{}),
+        threshold(drop_threshold(p.dropout)),
+        kept_scale(p.dropout < 1.0 ? 1.0 / (1.0 - p.dropout) : 0.0) {}
+
+  // Multiplies n neighbouring elements of a row by their scales; n is 2, 4 or 8, and `column` a
+  // multiple of it.
+  template <int n, class C>
+  __device__ __forceinline__ void apply(C (&values)[n], int64_t row, int64_t column) const {
+    if (!active) return;
+#pragma unroll
+    for (int first = 0; first < n; first += 4) {
+      uint32_t words[4] = {static_cast<uint32_t>(row),
+                           static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32),
+                           static_cast<uint32_t>((column + first) / 4), kDropoutStream};
+      philox(words, key);
+#pragma unroll
+      for (int i = first; i < first + 4 && i < n; ++i) {
+        uint32_t word = words[i - first];
+        if constexpr (n == 2) word = column % 4 == 0 ? words[i] : words[i + 2];
+        values[i] *= word >= threshold ? static_cast<C>(kept_scale) : C(0);
+      }
+    }
+  }
+};
+
+// Hands out parts of a piece of memory of which only the size is known at first.
+class Carver {
+ public:
+  explicit Carver(void* memory = nullptr) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* result = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
+    bytes_ = round_up(bytes_ + count * static_cast<int64_t>(sizeof(T)), 256);
+    return result;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace adapter_ext::cuda
