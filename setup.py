@@ -6,6 +6,7 @@ All else about the package stands in pyproject.toml.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,56 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+CUDA_ARCHS = "80;86;89;90;100;120"
+# What an environment without nvcc needs, where ADAPTER_EXT_CUDA=1 asks for it.
+CUDA_WHEELS = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-runtime==13.0.*", "nvidia-cuda-cccl==13.0.*"]
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME or CUDA_PATH, of PATH, or of the wheel nvidia-cuda-nvcc."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    if nvcc := shutil.which("nvcc"):
+        return nvcc
+    wheels = [Path(entry) / "nvidia" / "cu13" / "bin" for entry in sys.path]
+    return shutil.which("nvcc", path=os.pathsep.join(map(str, wheels)))
+
+
+def cuda_options() -> list[str]:
+    """CMake's options for the CUDA library; none where it is not to be built."""
+    wanted = os.environ.get("ADAPTER_EXT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"ADAPTER_EXT_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        return []
+    nvcc = find_nvcc()
+    if nvcc is None:
+        if wanted == "1":
+            raise SystemExit(
+                "ADAPTER_EXT_CUDA=1 asks for CUDA kernels, but there is no nvcc on PATH, in CUDA_HOME "
+                f"or in a wheel. Without build isolation: pip install {' '.join(CUDA_WHEELS)}"
+            )
+        return []
+
+    def output(*arguments: str) -> str:
+        process = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=True)
+        return process.stdout + process.stderr
+
+    # nvcc on PATH may be a script in another place than the toolkit.
+    top = re.search(r"^#\$ TOP=(.*)$", output("--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE)
+    version = re.search(r"release [\d.]+, V([\d.]+)", output("--version"))
+    if top is None or version is None:
+        raise SystemExit(f"{nvcc}: expected nvcc of a CUDA toolkit of version 13 or later")
+    archs = os.environ.get("ADAPTER_EXT_CUDA_ARCHS", CUDA_ARCHS)
+    return [
+        f"-DADAPTER_EXT_NVCC={nvcc}",
+        f"-DADAPTER_EXT_NVCC_VERSION=nvcc {version[1]}",
+        f"-DADAPTER_EXT_CUDA_ROOT={Path(top[1]).resolve()}",
+        f"-DADAPTER_EXT_CUDA_ARCHS={archs}",
+    ]
 
 
 class CMakeBuild(build_ext):
@@ -47,6 +98,7 @@ class CMakeBuild(build_ext):
             f"-DADAPTER_EXT_VERSION={self.distribution.get_version()}",
             f"-DADAPTER_EXT_TORCH_DIR={Path(torch.__file__).parent}",
             f"-DADAPTER_EXT_TORCH_VERSION={torch.__version__}",
+            *cuda_options(),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1
@@ -61,4 +113,8 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("adapter_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
+    # pip installs these for an isolated build; setuptools calls it so.
+    setup_requires=CUDA_WHEELS
+    if os.environ.get("ADAPTER_EXT_CUDA") == "1" and find_nvcc() is None
+    else [],
 )

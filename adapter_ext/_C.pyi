@@ -3,6 +3,8 @@
 version: str
 torch_version: str
 compiler: str
+cuda_compiler: str
+cuda_archs: str
 build_type: str
 
 def compiled_cpu_capabilities() -> list[str]: ...

@@ -10,6 +10,7 @@ import torch
 import adapter_ext
 
 _NAME = "libadapter_ext_cpu.so"
+_CUDA_NAME = "libadapter_ext_cuda.so"
 
 
 def _folder() -> Path:
@@ -26,8 +27,7 @@ def _folder() -> Path:
     return own
 
 
-def _load() -> Path:
-    library = _folder() / _NAME
+def _load(library: Path) -> Path:
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         from adapter_ext import _C
@@ -46,5 +46,14 @@ def _load() -> Path:
     return library
 
 
-CPU_LIBRARY = _load()
+def _load_cuda() -> Path | None:
+    library = CPU_LIBRARY.with_name(_CUDA_NAME)
+    # It needs libraries that a CPU build of torch does not have.
+    return _load(library) if torch.version.cuda and library.exists() else None
+
+
+CPU_LIBRARY = _load(_folder() / _NAME)
 """The library of ops and CPU kernels."""
+
+CUDA_LIBRARY = _load_cuda()
+"""The library of CUDA kernels, where it was built and torch is a CUDA build."""

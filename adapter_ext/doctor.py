@@ -29,8 +29,25 @@ def report() -> dict[str, str]:
         "CPU level in use": f"{level}, forced by ADAPTER_EXT_CPU_CAPABILITY" if forced else level,
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
         "CPU library": f"{_library.CPU_LIBRARY}, {'loaded' if loaded else 'not loaded'}",
-        "CUDA library": "not built: this version of adapter_ext has no CUDA kernels yet",
+        "CUDA library": cuda_library(),
+        "CUDA devices": cuda_devices(),
     }
+
+
+def cuda_library() -> str:
+    """Whether there are CUDA kernels, for which architectures, and whether torch can use them."""
+    if not _C.cuda_compiler:
+        return "not built: there was no nvcc (ADAPTER_EXT_CUDA=1 with `pip install .` brings it)"
+    built = f"built by {_C.cuda_compiler} for sm {_C.cuda_archs.replace(';', ', ')}"
+    if _library.CUDA_LIBRARY is None:
+        return f"{built}, not loaded: torch is a CPU build"
+    return f"{built}, {_library.CUDA_LIBRARY}, loaded"
+
+
+def cuda_devices() -> str:
+    """The GPUs that torch sees."""
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{d.name} (sm {d.major}{d.minor})" for d in devices) or "none"
 
 
 def cpu_model() -> str:

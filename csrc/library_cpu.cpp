@@ -22,7 +22,7 @@ cpu::Parallel parallel() {
 
 struct CpuBackend {
   template <class Problem>
-  static void run(const Problem& problem) {
+  static void run(const Problem& problem, const Tensor&) {
     cpu::linear_adapter(problem, parallel());
   }
 };

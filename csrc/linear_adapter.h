@@ -1,6 +1,6 @@
 // The ops linear_adapter (inference), linear_adapter_forward and linear_adapter_backward (training)
 // for any backend: they check tensors, allocate the results and fill in the kernels' structs.
-// `Backend::run(problem)` computes.
+// `Backend::run(problem, x)` computes; x tells the device.
 #pragma once
 
 #include <tuple>
@@ -15,6 +15,8 @@ using TensorList = std::vector<Tensor>;
 class LinearAdapterArguments {
  public:
   static constexpr const char* kOp = "linear_adapter";
+  // A code of compute_type beyond those of DataType.
+  static constexpr int64_t kTf32 = 4;
 
   LinearAdapterArguments(const Tensor& x, const TensorList& weights,
                          const std::optional<Tensor>& order, const std::optional<Tensor>& offsets,
@@ -38,7 +40,14 @@ class LinearAdapterArguments {
     check_code("activation", activation, 0, static_cast<int64_t>(Activation::kGeluTanh));
     check_code("norm_position", norm_position, 0, 1);
     check_code("depth_mode", depth_mode, 0, 1);
-    check_code("compute_type", compute_type, -1, static_cast<int64_t>(DataType::kFloat16));
+    check_code("compute_type", compute_type, -1, kTf32);
+    if (compute_type == kTf32) {
+      if (p_.data_type != DataType::kFloat32 || !is_cuda(x)) {
+        fail({kOp, "compute_type"}, "expected TF32 with x of float32 on a CUDA device alone");
+      }
+      p_.tf32 = true;
+      compute_type = -1;
+    }
     p_.activation = static_cast<Activation>(activation);
     p_.norm_position = static_cast<NormPosition>(norm_position);
     p_.depth_mode = static_cast<DepthMode>(depth_mode);
@@ -238,7 +247,7 @@ LinearAdapterResults run_forward(const LinearAdapterArguments& arguments, bool s
     results.saved = empty(x, saved_shape(problem), type);
     set_saved(problem, results.saved);
   }
-  Backend::run(problem);
+  Backend::run(problem, x);
   return results;
 }
 
@@ -347,7 +356,7 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
   problem.grad_aux = aux ? aux->data_ptr() : nullptr;
   set_saved(problem, saved);
   problem.gradients = gradients.data();
-  Backend::run(problem);
+  Backend::run(problem, from);
   return results;
 }
 

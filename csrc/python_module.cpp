@@ -25,6 +25,8 @@ PYBIND11_MODULE(_C, module) {
   module.attr("version") = ADAPTER_EXT_VERSION;
   module.attr("torch_version") = ADAPTER_EXT_TORCH_VERSION;
   module.attr("compiler") = ADAPTER_EXT_COMPILER;
+  module.attr("cuda_compiler") = ADAPTER_EXT_CUDA_COMPILER;
+  module.attr("cuda_archs") = ADAPTER_EXT_CUDA_ARCHS;
   module.attr("build_type") = ADAPTER_EXT_BUILD_TYPE;
   module.def("compiled_cpu_capabilities", &compiled_capabilities,
              "CPU levels that the library was compiled for, lowest first.");

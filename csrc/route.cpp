@@ -5,15 +5,9 @@
 namespace adapter_ext {
 
 std::tuple<Tensor, Tensor> route_cpu(const Tensor& ids, int64_t num_adapters) {
-  if (num_adapters < 0) {
-    fail({"route", "num_adapters"}, "expected a number >= 0, got ", num_adapters);
-  }
-  check_type({"route", "ids"}, ids, {ScalarType::Long});
-  const Tensor flat = as_contiguous(ids);
+  const auto [flat, order, offsets] = check_route(ids, num_adapters);
   const int64_t count = flat.numel();
   const int64_t* id = static_cast<const int64_t*>(flat.data_ptr());
-  Tensor order = empty(flat, {count}, ScalarType::Long);
-  Tensor offsets = empty(flat, {num_adapters + 1}, ScalarType::Long);
 
   // A counting sort, stable; samples without an adapter come last.
   std::vector<int64_t> next(static_cast<size_t>(num_adapters + 2), 0);

@@ -66,6 +66,10 @@ inline int32_t device_type(const Tensor& tensor) {
   return type;
 }
 
+inline bool is_cuda(const Tensor& tensor) {
+  return device_type(tensor) == aoti_torch_device_type_cuda();
+}
+
 inline void check_device(const ArgumentName& name, const Tensor& tensor, const Tensor& like) {
   if (device_type(tensor) != device_type(like) ||
       tensor.get_device_index() != like.get_device_index()) {

@@ -150,13 +150,16 @@ class OutputGradient {
   C kappa_ = 0;
 };
 
-// Reads mean and rstd of a tile's rows; others may see them after a barrier.
-template <class Tile>
-__device__ __forceinline__ void load_statistics(const Tile& tile, const LinearAdapterBackward& b) {
+// Reads mean and rstd of a tile's rows, zero for those that are not there; others may see them
+// after a barrier.
+template <class X, class P, int rows>
+__device__ __forceinline__ void load_statistics(const RowTile<X, P, rows>& tile,
+                                                const LinearAdapterBackward& b) {
+  using C = typename P::Sum;
   const int i = static_cast<int>(threadIdx.x);
-  if (i >= tile.count) return;
-  tile.mean[i] = static_cast<const typename Tile::C*>(b.mean)[tile.row[i]];
-  tile.rstd[i] = static_cast<const typename Tile::C*>(b.rstd)[tile.row[i]];
+  if (i >= rows) return;
+  tile.mean[i] = i < tile.count ? static_cast<const C*>(b.mean)[tile.row[i]] : C(0);
+  tile.rstd[i] = i < tile.count ? static_cast<const C*>(b.rstd)[tile.row[i]] : C(0);
 }
 
 // c1 = down γ and c0 = down β, a warp for each element.
@@ -606,9 +609,10 @@ __global__ __launch_bounds__(kThreads) void backward_columns_kernel(
       tile.find_rows(depth);
       // A row is the work of one thread here, so that it can read what it just wrote.
       load_statistics(tile, b);
-      if (thread < count) {
-        row_mean[thread] = static_cast<const C*>(params.row_sums)[2 * (chunk + thread)];
-        row_product[thread] = static_cast<const C*>(params.row_sums)[2 * (chunk + thread) + 1];
+      if (thread < rows) {
+        const C* of_row = static_cast<const C*>(params.row_sums) + 2 * (chunk + thread);
+        row_mean[thread] = thread < count ? of_row[0] : C(0);
+        row_product[thread] = thread < count ? of_row[1] : C(0);
       }
       const auto copy = [&](T* to, const T* from) {
         constexpr int n = kVector<T>, across = kBlock / n;
