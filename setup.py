@@ -19,9 +19,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
-CUDA_ARCHS = "80;86;89;90;100;120"
+# Machine code for 80 runs on 86, 87 and 89 as well, that for 100 on 103, that for 120 on 121.
+CUDA_ARCHS = "80;90;100;120"
 # What an environment without nvcc needs, where ADAPTER_EXT_CUDA=1 asks for it.
-CUDA_WHEELS = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-runtime==13.0.*", "nvidia-cuda-cccl==13.0.*"]
+CUDA_WHEELS = [
+    f"nvidia-{name}==13.0.*"
+    for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
+]
 
 
 def find_nvcc() -> str | None:

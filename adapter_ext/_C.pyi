@@ -4,7 +4,7 @@ version: str
 torch_version: str
 compiler: str
 cuda_compiler: str
-cuda_archs: str
+cuda_archs: list[str]
 build_type: str
 
 def compiled_cpu_capabilities() -> list[str]: ...

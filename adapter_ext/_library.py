@@ -47,9 +47,12 @@ def _load(library: Path) -> Path:
 
 
 def _load_cuda() -> Path | None:
-    library = CPU_LIBRARY.with_name(_CUDA_NAME)
+    from adapter_ext import _C
+
     # It needs libraries that a CPU build of torch does not have.
-    return _load(library) if torch.version.cuda and library.exists() else None
+    if torch.version.cuda is None or not _C.cuda_compiler:
+        return None
+    return _load(CPU_LIBRARY.with_name(_CUDA_NAME))
 
 
 CPU_LIBRARY = _load(_folder() / _NAME)

@@ -37,8 +37,8 @@ def report() -> dict[str, str]:
 def cuda_library() -> str:
     """Whether there are CUDA kernels, for which architectures, and whether torch can use them."""
     if not _C.cuda_compiler:
-        return "not built: there was no nvcc (ADAPTER_EXT_CUDA=1 with `pip install .` brings it)"
-    built = f"built by {_C.cuda_compiler} for sm {_C.cuda_archs.replace(';', ', ')}"
+        return "not built (`ADAPTER_EXT_CUDA=1 pip install .` builds it, with nvcc if need be)"
+    built = f"built by {_C.cuda_compiler} for sm {', '.join(_C.cuda_archs)}"
     if _library.CUDA_LIBRARY is None:
         return f"{built}, not loaded: torch is a CPU build"
     return f"{built}, {_library.CUDA_LIBRARY}, loaded"

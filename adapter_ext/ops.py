@@ -42,6 +42,7 @@ _DEPTH_MODES = {"call": 0, "sample": 1}
 _OPERAND_TYPES = {torch.bfloat16: 2, torch.float16: 3}
 _NOT_ROUNDED = -1  # but bfloat16 operands of x and weights may stay in bfloat16
 _FLOAT32 = 1
+_TF32 = 4  # float32 on CUDA
 
 
 class _Options(NamedTuple):
@@ -292,12 +293,15 @@ def _arguments(
                 "linear_adapter: routing: expected ids of the leading dimensions of x, "
                 f"{tuple(x.shape)}, got ids of shape {tuple(ids.shape)}"
             )
+    operand_type = _NOT_ROUNDED
+    if compute_dtype is not None or x.is_cuda:
+        operand_type = _operand_type(x, compute_dtype)
     options: tuple[Any, ...] = (
         _code("activation", activation, _ACTIVATIONS),
         _code("norm_position", norm_position, _NORM_POSITIONS),
         eps,
         residual,
-        _NOT_ROUNDED if compute_dtype is None else _operand_type(x, compute_dtype),
+        operand_type,
     )
     mode = _code("stochastic_depth_mode", stochastic_depth_mode, _DEPTH_MODES)
     if draws or has_l2:
@@ -316,9 +320,9 @@ def _code(argument: str, name: str, codes: dict[str, int]) -> int:
     return code
 
 
-def _operand_type(x: Tensor, compute_dtype: torch.dtype) -> int:
-    if compute_dtype == x.dtype:
-        return _NOT_ROUNDED
+def _operand_type(x: Tensor, compute_dtype: torch.dtype | None) -> int:
+    if compute_dtype is None or compute_dtype == x.dtype:
+        return _TF32 if x.is_cuda and x.dtype == torch.float32 and _allows_tf32() else _NOT_ROUNDED
     if compute_dtype == torch.float32 and x.dtype.itemsize == 2:
         return _FLOAT32
     if compute_dtype not in _OPERAND_TYPES:
@@ -327,6 +331,16 @@ def _operand_type(x: Tensor, compute_dtype: torch.dtype) -> int:
             f"torch.float16, got {compute_dtype} with x of {x.dtype}"
         )
     return _OPERAND_TYPES[compute_dtype]
+
+
+def _allows_tf32() -> bool:
+    """Whether torch's settings let products of float32 on CUDA round their operands to TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# torch.compile cannot trace this, but compiles again where the setting has changed. The mark is
+# what torch.compiler.assume_constant_result sets, which would import the whole compiler.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _num_adapters(flat: list[Tensor]) -> int:

@@ -40,10 +40,12 @@ foreach(source IN LISTS cuda_sources)
 endforeach()
 file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/cuda)
 
-# Linked by name, as libtorch_cpu.so is; a CPU build of torch has no such file, so it gets a stand-in
-# that is empty and stays here.
-add_library(torch_cuda_name SHARED ${CMAKE_BINARY_DIR}/cuda/empty.cpp)
-file(WRITE ${CMAKE_BINARY_DIR}/cuda/empty.cpp "")
+# Linked by name, as libtorch_cpu.so is; a CPU build of torch has no such file, so a stand-in with the
+# functions that we call takes its place, and stays here.
+file(WRITE ${CMAKE_BINARY_DIR}/cuda/torch_cuda.cpp
+  "extern \"C\" __attribute__((visibility(\"default\")))\n"
+  "int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n")
+add_library(torch_cuda_name SHARED ${CMAKE_BINARY_DIR}/cuda/torch_cuda.cpp)
 set_target_properties(torch_cuda_name PROPERTIES OUTPUT_NAME torch_cuda)
 
 find_library(cudart_static cudart_static REQUIRED NO_DEFAULT_PATH
@@ -53,9 +55,7 @@ find_package(Threads REQUIRED)
 
 add_library(adapter_ext_cuda SHARED csrc/library_cuda.cpp ${cuda_objects})
 target_include_directories(adapter_ext_cuda PRIVATE csrc)
-# torch's own symbols of CUDA are found when the library is loaded.
-target_link_options(adapter_ext_cuda PRIVATE -Wl,--no-as-needed -Wl,--exclude-libs,ALL
-  -Wl,--unresolved-symbols=ignore-in-object-files)
+target_link_options(adapter_ext_cuda PRIVATE -Wl,--no-as-needed -Wl,--exclude-libs,ALL)
 target_link_libraries(adapter_ext_cuda PRIVATE stable_torch torch_cuda_name ${cudart_static}
   Threads::Threads ${CMAKE_DL_LIBS} rt)
 set_target_properties(adapter_ext_cuda PROPERTIES BUILD_WITH_INSTALL_RPATH ON)

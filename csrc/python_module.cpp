@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,13 @@ std::vector<std::string> compiled_capabilities() {
   return names;
 }
 
+std::vector<std::string> words(const std::string& text) {
+  std::istringstream stream(text);
+  std::vector<std::string> words;
+  for (std::string word; stream >> word;) words.push_back(word);
+  return words;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -26,7 +34,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("torch_version") = ADAPTER_EXT_TORCH_VERSION;
   module.attr("compiler") = ADAPTER_EXT_COMPILER;
   module.attr("cuda_compiler") = ADAPTER_EXT_CUDA_COMPILER;
-  module.attr("cuda_archs") = ADAPTER_EXT_CUDA_ARCHS;
+  module.attr("cuda_archs") = words(ADAPTER_EXT_CUDA_ARCHS);
   module.attr("build_type") = ADAPTER_EXT_BUILD_TYPE;
   module.def("compiled_cpu_capabilities", &compiled_capabilities,
              "CPU levels that the library was compiled for, lowest first.");

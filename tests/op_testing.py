@@ -24,7 +24,15 @@ TOLERANCES = {
     torch.bfloat16: (1e-2, 2e-2),
 }
 
+# Tensor cores round all operands of 16-bit products to 16 bits, gradients too, which the CPU does not.
+# Behind a post norm with one bottleneck element gradients are small differences of them: there, up
+# to twice the tolerance was seen.
+TENSOR_CORE_FACTOR = 3.0
+
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+# Whether the ops run as on CUDA; tests of the CUDA kernels set it.
+tensor_cores = False
 
 Results = dict[str, Tensor]
 
@@ -257,7 +265,9 @@ class Case:
 
 def tolerance(*dtypes: torch.dtype | None) -> tuple[float, float]:
     """The tolerance of the least precise of these types."""
-    return max(TOLERANCES[dtype] for dtype in dtypes if dtype is not None)
+    rtol, atol = max(TOLERANCES[dtype] for dtype in dtypes if dtype is not None)
+    factor = TENSOR_CORE_FACTOR if tensor_cores and rtol > TOLERANCES[torch.float32][0] else 1.0
+    return rtol, factor * atol
 
 
 def excess(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> float:

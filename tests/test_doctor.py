@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from adapter_ext import _C, doctor
+from adapter_ext import _C, _library, doctor
 from adapter_ext.__main__ import main
 
 
@@ -23,6 +25,33 @@ def test_report():
     assert facts["threads"].startswith(f"{torch.get_num_threads()} ")
     assert facts["CPU library"].endswith("libadapter_ext_cpu.so, loaded")
     assert facts["CPU level in use"].split(",")[0] in facts["CPU levels compiled"].split(", ")
+
+
+def test_cuda_library_not_built(monkeypatch):
+    monkeypatch.setattr(_C, "cuda_compiler", "")
+    fact = doctor.report()["CUDA library"]
+    assert fact.startswith("not built")
+    assert "ADAPTER_EXT_CUDA=1 pip install ." in fact
+
+
+@pytest.mark.parametrize(
+    ("library", "state"),
+    [(None, "not loaded: torch is a CPU build"), (pathlib.Path("/there.so"), "/there.so, loaded")],
+)
+def test_cuda_library_built(monkeypatch, library, state):
+    monkeypatch.setattr(_C, "cuda_compiler", "nvcc 13.0.88")
+    monkeypatch.setattr(_C, "cuda_archs", ["80", "90"])
+    monkeypatch.setattr(_library, "CUDA_LIBRARY", library)
+    assert doctor.report()["CUDA library"] == f"built by nvcc 13.0.88 for sm 80, 90, {state}"
+
+
+def test_cuda_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert doctor.report()["CUDA devices"] == "none"
+    gpu = types.SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert doctor.report()["CUDA devices"] == "NVIDIA H100 (sm 90), NVIDIA H100 (sm 90)"
 
 
 def test_command_prints_every_fact(capsys):

@@ -13,18 +13,27 @@ import pytest
 from adapter_ext import _C, _library
 
 
-def import_copy(folder: pathlib.Path, damage: str, **environment: str) -> str:
+def import_copy(
+    folder: pathlib.Path,
+    damage: str,
+    damaged: pathlib.Path = _library.CPU_LIBRARY,
+    **environment: str,
+) -> str:
     """Imports a damaged copy of the package in a new process; returns what it prints to stderr."""
     copy = folder / "adapter_ext"
     native = _library.CPU_LIBRARY.parent
     shutil.copytree(pathlib.Path(_library.__file__).parent, copy)
-    for file in (_library.CPU_LIBRARY, pathlib.Path(_C.__file__), native / "built_with.txt"):
-        shutil.copy(file, copy)
-    library = copy / _library.CPU_LIBRARY.name
+    files = [_library.CPU_LIBRARY, pathlib.Path(_C.__file__), native / "built_with.txt"]
+    for file in (*files, _library.CUDA_LIBRARY):
+        if file is not None:
+            shutil.copy(file, copy)
+    library = copy / damaged.name
     if damage == "overwritten":
         library.write_bytes(b"no library" * 500)
     elif damage == "empty":
         library.write_bytes(b"")
+    elif damage == "missing":
+        library.unlink()
     process = subprocess.run(
         [sys.executable, "-c", "import adapter_ext; print(adapter_ext.__file__)"],
         capture_output=True,
@@ -46,6 +55,17 @@ def test_damaged_library(tmp_path: pathlib.Path, damage: str) -> None:
     message = import_copy(tmp_path, damage)
     for words in ("ImportError", "does not load", "against torch", "running: torch", "pip install"):
         assert words in message
+
+
+@pytest.mark.skipif(
+    _library.CUDA_LIBRARY is None, reason="torch is a CPU build, or the CUDA library was not built"
+)
+@pytest.mark.parametrize("damage", ["overwritten", "empty", "missing"])
+def test_damaged_cuda_library(tmp_path: pathlib.Path, damage: str) -> None:
+    message = import_copy(tmp_path, damage, _library.CUDA_LIBRARY)
+    for words in ("ImportError", "does not load", "libadapter_ext_cuda.so", "against torch"):
+        assert words in message
+    assert ("(missing)" in message) == (damage == "missing")
 
 
 def test_wrong_capability(tmp_path: pathlib.Path) -> None:

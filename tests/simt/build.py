@@ -1,0 +1,194 @@
+"""Builds programs and libraries that run the CUDA kernels on a CPU.
+
+Objects and libraries are kept in ``build/simt`` under a hash of what they are made of.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Flavour = Literal["plain", "race", "sanitize", "ptxsim"]
+
+FOLDER = Path(__file__).resolve().parent
+REPOSITORY = FOLDER.parent.parent
+SIMULATOR = REPOSITORY.parent / "shared" / "ptxsim"
+CACHE = REPOSITORY / "build" / "simt"
+JOBS = 2
+
+RUNTIME = tuple(FOLDER / name for name in ("runtime.cpp", "fiber.cpp", "source_lines.cpp"))
+
+_COMMON = (
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    # For the lines in error messages; addr2line of binutils 2.40 mistakes files in DWARF 5.
+    "-g1",
+    "-gdwarf-4",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-error=maybe-uninitialized",
+)
+_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# Copies must be calls, for the race detector to see them.
+_RACE = ("-fsanitize=thread", "-fno-builtin-memcpy", "-fno-builtin-memset")
+
+_TORCH = Path(torch.__file__).parent
+_TORCH_FLAGS = (f"-isystem{_TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+_TORCH_LINK = (
+    str(_TORCH / "lib" / "libtorch_cpu.so"),
+    "-Wl,--no-undefined",
+    "-Wl,--allow-shlib-undefined",
+)
+
+
+def missing(flavour: Flavour) -> str | None:
+    """What is not there and would be needed, if anything."""
+    if shutil.which("g++") is None:
+        return "g++ is missing"
+    if flavour == "ptxsim":
+        if shutil.which("nvcc") is None:
+            return "nvcc is missing"
+        if not SIMULATOR.exists():
+            return f"{SIMULATOR} is missing"
+    return None
+
+
+@functools.cache
+def library(flavour: Flavour) -> Path:
+    """A library that registers ``torch.ops.adapter_ext_simt``, run by a simulator of CUDA."""
+    kernels = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
+    return link([*kernels, FOLDER / "library.cpp"], flavour)
+
+
+def link(
+    sources: Sequence[Path],
+    flavour: Flavour,
+    *,
+    defines: Sequence[str] = (),
+    program: bool = False,
+) -> Path:
+    """A library, or a program, of some sources and the simulator.
+
+    Args:
+        sources: ``.cu`` files are kernels and launchers. ``library.cpp`` brings torch's.
+        flavour: how kernels are run.
+        defines: macros for all sources.
+        program: whether the sources have a ``main``.
+
+    Returns:
+        The file.
+    """
+    reason = missing(flavour)
+    if reason:
+        raise RuntimeError(reason)
+    flags = tuple(f"-D{name}" for name in defines)
+    commands = [_compile_command(source, flavour, flags) for source in sources]
+    if flavour != "ptxsim":
+        runtime = [*RUNTIME, FOLDER / "race.cpp"] if flavour == "race" else RUNTIME
+        commands += [_compile_command(source, flavour, ()) for source in runtime]
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(_made, commands))
+    command = ["g++", *map(str, objects), "-rdynamic" if program else "-shared", "-ldl"]
+    if flavour == "sanitize":
+        command += _SANITIZE
+    if flavour == "ptxsim":
+        folder = simulator()
+        command += [f"-L{folder}", "-lcudart_sim", f"-Wl,-rpath={folder}"]
+    if any(source.name == "library.cpp" for source in sources):
+        command += _TORCH_LINK
+    stem = sources[0].stem if len(sources) == 1 else sources[-1].stem
+    return _made((tuple(command), f"{stem}{'' if program else '.so'}"))
+
+
+Command = tuple[tuple[str, ...], str]
+"""A command, which is completed by -o and a file, and the name of the file."""
+
+
+def _compile_command(source: Path, flavour: Flavour, flags: Sequence[str]) -> Command:
+    includes = [f"-I{REPOSITORY / 'csrc'}", f"-I{FOLDER}"]
+    is_kernel = source.suffix == ".cu"
+    if flavour == "ptxsim" and is_kernel:
+        command = ["nvcc", "-std=c++20", "-O2", "-lineinfo", "-Xcompiler=-fPIC", "-cudart", "none"]
+        command += ["-gencode", "arch=compute_80,code=compute_80", "--no-compress", *includes]
+    else:
+        command = ["g++", *_COMMON, *includes]
+        if flavour == "sanitize":
+            command += ["-O1", *_SANITIZE]
+        elif flavour == "race" and is_kernel:
+            command += ["-O1", *_RACE]
+        elif is_kernel:
+            command += ["-O1"]
+        else:
+            command += ["-O2"]
+        if flavour == "race":
+            command += ["-DSIMT_RACE"]
+        if source.name == "library.cpp":
+            command += _TORCH_FLAGS
+        if is_kernel:
+            command += ["-x", "c++"]
+    return (*command, *flags, "-c", str(source)), f"{source.stem}.o"
+
+
+def _made(command: Command) -> Path:
+    """The file that a command makes, made now or before."""
+    arguments, name = command
+    key = hashlib.sha256()
+    for argument in arguments:
+        key.update(argument.encode() + b"\0")
+        if Path(argument).suffix in {".cu", ".cpp"}:
+            key.update(Path(argument).read_bytes())
+            for included in sorted(Path(argument).with_suffix("").glob("*.cu")):  # broken/
+                key.update(included.read_bytes())
+    key.update(_headers() + _compiler(arguments[0]))
+    file = CACHE / key.hexdigest()[:16] / name
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{os.getpid()}.{name}")
+        run = subprocess.run([*arguments, "-o", str(temporary)], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"{' '.join(arguments)}\n{run.stdout}{run.stderr}")
+        temporary.replace(file)
+    return file
+
+
+def _headers() -> bytes:
+    """A hash of all headers that a source may include."""
+    key = hashlib.sha256()
+    csrc = REPOSITORY / "csrc"
+    for folder in (csrc, csrc / "common", csrc / "cuda", FOLDER):
+        for pattern in ("*.h", "*.cuh"):
+            for header in sorted(folder.glob(pattern)):
+                key.update(header.read_bytes())
+    return key.digest()
+
+
+@functools.cache
+def _compiler(name: str) -> bytes:
+    return subprocess.run([name, "--version"], capture_output=True, check=True).stdout
+
+
+@functools.cache
+def simulator() -> Path:
+    """The folder of the PTX simulator's library."""
+    key = hashlib.sha256()
+    for source in sorted(SIMULATOR.glob("*.*")):
+        key.update(source.read_bytes())
+    folder = CACHE / f"ptxsim-{key.hexdigest()[:16]}"
+    if not (folder / "libcudart_sim.so").exists():
+        subprocess.run(
+            ["make", f"-j{JOBS}", f"OUT={folder}"], cwd=SIMULATOR, check=True, capture_output=True
+        )
+    return folder
