@@ -50,8 +50,8 @@ def cuda_options() -> list[str]:
     if nvcc is None:
         if wanted == "1":
             raise SystemExit(
-                "ADAPTER_EXT_CUDA=1 asks for CUDA kernels, but there is no nvcc on PATH, in CUDA_HOME "
-                f"or in a wheel. Without build isolation: pip install {' '.join(CUDA_WHEELS)}"
+                "ADAPTER_EXT_CUDA=1: expected nvcc on PATH, in CUDA_HOME or in a wheel, found none. "
+                f"Without build isolation: pip install {' '.join(CUDA_WHEELS)}"
             )
         return []
 
@@ -60,7 +60,9 @@ def cuda_options() -> list[str]:
         return process.stdout + process.stderr
 
     # nvcc on PATH may be a script in another place than the toolkit.
-    top = re.search(r"^#\$ TOP=(.*)$", output("--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE)
+    top = re.search(
+        r"^#\$ TOP=(.*)$", output("--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE
+    )
     version = re.search(r"release [\d.]+, V([\d.]+)", output("--version"))
     if top is None or version is None:
         raise SystemExit(f"{nvcc}: expected nvcc of a CUDA toolkit of version 13 or later")

@@ -8,6 +8,8 @@ import torch
 
 from adapter_ext import ops
 
+pytest_plugins = ["simt.plugin"]  # the option --backend
+
 hypothesis.settings.register_profile(
     "adapter_ext",
     derandomize=True,

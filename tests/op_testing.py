@@ -24,9 +24,9 @@ TOLERANCES = {
     torch.bfloat16: (1e-2, 2e-2),
 }
 
-# Tensor cores round all operands of 16-bit products to 16 bits, gradients too, which the CPU does not.
-# Behind a post norm with one bottleneck element gradients are small differences of them: there, up
-# to twice the tolerance was seen.
+# Tensor cores round all operands of 16-bit products to 16 bits, gradients too, which the CPU does
+# not. Behind a post norm of one bottleneck element gradients are small differences of them: up to
+# twice the tolerance was seen there.
 TENSOR_CORE_FACTOR = 3.0
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)

@@ -1,7 +1,7 @@
 """The CUDA kernels, run by a host stand-in for CUDA (tests/simt), against the reference.
 
-All op tests run on them with ``pytest --backend simt`` or ``--backend ptxsim``; here is a table that
-reaches every kernel for every type.
+All op tests run on them with ``pytest --backend simt`` (or ``simt-race``, ``simt-sanitize``,
+``ptxsim``); here is a table that reaches every kernel for every type.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import op_testing
 import pytest
 import torch
 from op_testing import ROUTINGS, Case, check
+from simt import build, plugin
 
 import adapter_ext
 from adapter_ext import ops, reference
-from simt import build, plugin
 
 pytestmark = pytest.mark.skipif(build.missing("plain") is not None, reason="g++ is missing")
 
@@ -28,8 +28,8 @@ TRAINING: dict[str, Any] = {
     "stochastic_depth": 0.4,
     "l2_lambda": "tensor",
 }
-# Name → shape and bottlenecks. Widths that are whole vectors and that are not; bottlenecks of several
-# blocks; rows of several tiles and several ranges.
+# Name → shape and bottlenecks. Widths in whole vectors and not; bottlenecks of several blocks;
+# rows of several tiles and several ranges.
 SHAPES: dict[str, dict[str, Any]] = {
     "few": {"shape": (5, 70), "bottlenecks": (3, 9)},
     "wide": {"shape": (6, 520), "bottlenecks": (8, 5, 8)},
@@ -39,11 +39,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def _backend(request: pytest.FixtureRequest) -> str:
+    backend: str = request.config.getoption("--backend")
+    return "simt" if backend == "native" else backend
+
+
 @pytest.fixture(params=[(4, 0), (1, 1)], ids=["busy", "idle"])
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ops run on the simulator. With few multiprocessors tiles are enough to fill them."""
     multiprocessors, seed = request.param
-    simulator = plugin.Simulator("simt", seed, "ascending", multiprocessors=multiprocessors)
+    simulator = plugin.Simulator(_backend(request), seed, "ascending", multiprocessors)
     simulated: Any = torch.ops.adapter_ext_simt
     for name, op in (
         ("_inference", simulated.linear_adapter),
@@ -65,7 +70,9 @@ class TestKernels:
     @pytest.mark.parametrize("norm_position", ["pre", "post"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_training(self, dtype: torch.dtype, norm_position: str, shape: str) -> None:
-        check(Case(**SHAPES[shape], dtype=dtype, options={"norm_position": norm_position, **TRAINING}))
+        check(
+            Case(**SHAPES[shape], dtype=dtype, options={"norm_position": norm_position, **TRAINING})
+        )
 
     @pytest.mark.parametrize("norm_position", ["pre", "post"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,20 +120,23 @@ class TestKernels:
         assert torch.equal(routing.offsets, expected.offsets)
 
 
-def test_a_row_has_the_same_bits_in_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_has_the_same_bits_in_every_batch(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decode kernels, whole tiles of 16 rows and of 64 agree, and so do rows in other company."""
     simulated: Any = torch.ops.adapter_ext_simt
     for dtype in DTYPES:
         for norm_position in ("pre", "post"):
             case = Case(
-                shape=(70, 600), bottlenecks=(20,), dtype=dtype, options={"norm_position": norm_position}
+                shape=(70, 600),
+                bottlenecks=(20,),
+                dtype=dtype,
+                options={"norm_position": norm_position},
             )
             call = case.build()
             outputs = []
             for multiprocessors, rows in ((100, 70), (4, 70), (1, 70), (100, 1)):
-                simulator = plugin.Simulator(
-                    "simt", 0, "ascending", multiprocessors=multiprocessors
-                )
+                simulator = plugin.Simulator(_backend(request), 0, "ascending", multiprocessors)
                 monkeypatch.setattr(ops, "_inference", simulated.linear_adapter.default)
                 with torch.no_grad():
                     some = dataclasses.replace(call, x=call.x[:rows], routing=None)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import op_testing
 import pytest
 import torch
 from simt import build
@@ -80,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
         backend, config.getoption("--simt-seed"), config.getoption("--simt-block-order")
     )
     config.stash[_SIMULATOR] = simulator
+    op_testing.tensor_cores = True
     simulated: Any = torch.ops.adapter_ext_simt
     ops._inference = simulated.linear_adapter.default
     ops._forward = simulated.linear_adapter_forward.default
