@@ -50,7 +50,7 @@ def cuda_options() -> list[str]:
     if nvcc is None:
         if wanted == "1":
             raise SystemExit(
-                "ADAPTER_EXT_CUDA=1: expected nvcc on PATH, in CUDA_HOME or in a wheel, found none. "
+                "ADAPTER_EXT_CUDA=1: expected nvcc on PATH, in CUDA_HOME or in a wheel. "
                 f"Without build isolation: pip install {' '.join(CUDA_WHEELS)}"
             )
         return []
