@@ -922,12 +922,8 @@ void Backward<X, P>::run(const BackwardCall& call) {
     launch("linear_adapter_backward: vectors", &vectors_kernel<X, C>,
            grid("linear_adapter_backward", adapters * groups), kThreads, 0, call.stream, params);
   }
-  if constexpr (sizeof(X) < 8) {
-    if (b.rows / 64 >= processors && b.rows / std::max<int64_t>(adapters, 1) >= 48) {
-      backward_rows<X, P, 64>(call, params);
-    } else {
-      backward_rows<X, P, 16>(call, params);
-    }
+  if (large_tiles<X>(b, processors)) {
+    if constexpr (sizeof(X) < 8) backward_rows<X, P, 64>(call, params);
   } else {
     backward_rows<X, P, 16>(call, params);
   }

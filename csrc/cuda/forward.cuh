@@ -615,8 +615,8 @@ void Forward<X, P>::run(const ForwardCall& call) {
     }
     launch_with("linear_adapter's second product", &forward_up_kernel<X, P>,
                 params.parts.blocks * params.splits);
-  } else if (f.rows / 64 >= processors && f.rows / std::max<int64_t>(f.routing.adapters, 1) >= 48) {
-    forward_whole<X, P, 64>(call, params);
+  } else if (large_tiles<X>(f, processors)) {
+    if constexpr (sizeof(X) < 8) forward_whole<X, P, 64>(call, params);
   } else {
     forward_whole<X, P, 16>(call, params);
   }

@@ -18,6 +18,14 @@ struct Call {
 using ForwardCall = Call<LinearAdapterForward>;
 using BackwardCall = Call<LinearAdapterBackward>;
 
+// Whether tiles are of 64 rows, which read weights a quarter as often as those of 16, but are
+// fewer. Sums of float64 have no room in registers then.
+template <class X>
+bool large_tiles(const LinearAdapterProblem& problem, int64_t multiprocessors) {
+  const int64_t adapters = std::max<int64_t>(problem.routing.adapters, 1);
+  return sizeof(X) < 8 && problem.rows / 64 >= multiprocessors && problem.rows / adapters >= 48;
+}
+
 inline dim3 grid(const char* name, int64_t blocks) {
   if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows");
   return dim3(static_cast<unsigned>(blocks));

@@ -14,7 +14,7 @@ namespace simt {
 class Stacks {
  public:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kBytes = 256 * 1024;
+  static constexpr size_t kBytes = 512 * 1024;
 #else
   static constexpr size_t kBytes = 64 * 1024;
 #endif
