@@ -40,12 +40,14 @@ def find_nvcc() -> str | None:
 
 
 def cuda_options() -> list[str]:
-    """CMake's options for the CUDA library; none where it is not to be built."""
+    """CMake's options for the CUDA library; empty where it is not to be built."""
     wanted = os.environ.get("ADAPTER_EXT_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"ADAPTER_EXT_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    # Said in so many words, since an editable build remembers what it was told before.
+    none = ["-DADAPTER_EXT_NVCC=", "-DADAPTER_EXT_NVCC_VERSION=", "-DADAPTER_EXT_CUDA_ARCHS="]
     if wanted == "0":
-        return []
+        return none
     nvcc = find_nvcc()
     if nvcc is None:
         if wanted == "1":
@@ -53,7 +55,7 @@ def cuda_options() -> list[str]:
                 "ADAPTER_EXT_CUDA=1: expected nvcc on PATH, in CUDA_HOME or in a wheel. "
                 f"Without build isolation: pip install {' '.join(CUDA_WHEELS)}"
             )
-        return []
+        return none
 
     def output(*arguments: str) -> str:
         process = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=True)

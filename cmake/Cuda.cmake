@@ -48,7 +48,7 @@ file(WRITE ${CMAKE_BINARY_DIR}/cuda/torch_cuda.cpp
 add_library(torch_cuda_name SHARED ${CMAKE_BINARY_DIR}/cuda/torch_cuda.cpp)
 set_target_properties(torch_cuda_name PROPERTIES OUTPUT_NAME torch_cuda)
 
-find_library(cudart_static cudart_static REQUIRED NO_DEFAULT_PATH
+find_library(cudart_static cudart_static REQUIRED NO_CACHE NO_DEFAULT_PATH
   PATHS ${ADAPTER_EXT_CUDA_ROOT}
   PATH_SUFFIXES targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib lib64 lib)
 find_package(Threads REQUIRED)

@@ -36,7 +36,7 @@ ADAPTER_EXT_HOST_DEVICE void philox_round(uint32_t (&c)[4], PhiloxKey key) {
 
 // Replaces the counter by four words, each uniform in [0, 2^32).
 ADAPTER_EXT_HOST_DEVICE void philox(uint32_t (&c)[4], PhiloxKey key) {
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll 1  // a kernel that draws at many places would be several times as long
 #endif
   for (int round = 0; round < 10; ++round) {
