@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,18 @@ def test_votes(primitives: Kernels, dtype: str, mask: int) -> None:
                     int(len(large) == len(members)),
                 ]
             assert out[lane].tolist() == expected
+
+
+def test_launches_from_other_threads(primitives: Kernels) -> None:
+    values = torch.arange(32, dtype=torch.int32)
+
+    def run(n: int) -> Tensor:
+        out = torch.zeros_like(values)
+        return primitives.primitive("int32", values, out, argument=n, exchange=1)
+
+    with ThreadPoolExecutor(4) as pool:
+        for n, out in enumerate(pool.map(run, range(32))):
+            torch.testing.assert_close(out, values ^ n)
 
 
 def interesting_floats() -> Tensor:

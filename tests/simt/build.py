@@ -1,6 +1,6 @@
 """Builds programs and libraries that run the CUDA kernels on a CPU.
 
-Objects and libraries are kept in ``build/simt`` under a hash of what they are made of.
+The latest objects and libraries are kept in ``build/simt``, under a hash of what they are made of.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ REPOSITORY = FOLDER.parent.parent
 SIMULATOR = REPOSITORY.parent / "shared" / "ptxsim"
 CACHE = REPOSITORY / "build" / "simt"
 JOBS = 2
+VERSIONS = 3  # of a file, are kept
 
 RUNTIME = tuple(FOLDER / name for name in ("runtime.cpp", "fiber.cpp", "source_lines.cpp"))
 
@@ -109,8 +110,8 @@ def link(
         command += [f"-L{folder}", "-lcudart_sim", f"-Wl,-rpath={folder}"]
     if any(source.name == "library.cpp" for source in sources):
         command += _TORCH_LINK
-    stem = sources[0].stem if len(sources) == 1 else sources[-1].stem
-    return _made((tuple(command), f"{stem}{'' if program else '.so'}"))
+    suffix = "" if program else ".so"
+    return _made((tuple(command), f"{'-'.join([sources[-1].stem, flavour, *defines])}{suffix}"))
 
 
 Command = tuple[tuple[str, ...], str]
@@ -137,7 +138,8 @@ def _compile_command(source: Path, flavour: Flavour, flags: Sequence[str]) -> Co
             command += _TORCH_FLAGS
         if is_kernel:
             command += ["-x", "c++"]
-    return (*command, *flags, "-c", str(source)), f"{source.stem}.o"
+    name = "-".join([source.stem, flavour, *(flag.removeprefix("-D") for flag in flags)])
+    return (*command, *flags, "-c", str(source)), f"{name}.o"
 
 
 def _made(command: Command) -> Path:
@@ -151,9 +153,10 @@ def _made(command: Command) -> Path:
             for included in sorted(Path(argument).with_suffix("").glob("*.cu")):  # broken/
                 key.update(included.read_bytes())
     key.update(_headers() + _compiler(arguments[0]))
-    file = CACHE / key.hexdigest()[:16] / name
+    file = CACHE / name / key.hexdigest()[:16] / name
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        _remove_old(CACHE / name)
         temporary = file.with_name(f"{os.getpid()}.{name}")
         run = subprocess.run(
             [*arguments, "-o", str(temporary)],
@@ -165,6 +168,13 @@ def _made(command: Command) -> Path:
             raise RuntimeError(f"{' '.join(arguments)}\n{run.stdout}{run.stderr}")
         temporary.replace(file)
     return file
+
+
+def _remove_old(folder: Path) -> None:
+    """Removes all but the latest versions of a file."""
+    versions = sorted(folder.iterdir(), key=lambda version: version.stat().st_mtime)
+    for version in versions[:-VERSIONS]:
+        shutil.rmtree(version, ignore_errors=True)
 
 
 def _environment() -> dict[str, str]:
