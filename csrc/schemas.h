@@ -1,4 +1,4 @@
-// The schemas of csrc/library_cpu.cpp.
+// The schemas of all ops.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,6 +9,8 @@ namespace adapter_ext {
 
 inline void define_ops(torch::stable::detail::StableLibrary& library) {
   library.def("route(Tensor ids, int num_adapters) -> (Tensor order, Tensor offsets)");
+  // Options that a call leaves at the end cost it nothing: each argument that Python passes takes
+  // some 0.3 us.
   const std::string inputs = "Tensor[] weights, Tensor? order=None, Tensor? offsets=None";
   const std::string options =
       "int activation=4, int norm_position=0, float eps=1e-5, bool residual=True, "
