@@ -5,6 +5,13 @@
 
 #include <cstdint>
 
+namespace adapter_ext::cuda {
+
+// Where an address lies.
+enum class Space { kGlobal, kShared };
+
+}  // namespace adapter_ext::cuda
+
 #if defined(__CUDACC__)
 
 #include <cuda_bf16.h>
@@ -25,8 +32,21 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return shared;
 }
 
+// A number that the compiler takes for another one each time. What is made of it is made where it
+// is used, rather than once before a loop, to be kept in registers that sums have to leave.
+__device__ __forceinline__ int here(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Stops the kernel with an error where something does not hold. An assert says more, but is a call,
+// around which a kernel's registers are saved to memory.
+__device__ __forceinline__ void require(bool holds) {
+  if (!holds) __trap();
 }
 
 // Starts a copy of 16 bytes to shared memory, both ends aligned; bytes from `count` on become zero,
@@ -88,6 +108,47 @@ __device__ __forceinline__ void multiply_add_tf32(float (&sum)[4], const uint32_
       "{%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Writes two or four words to an address aligned to them. Not left to nvcc, which makes several
+// narrow stores of it in large kernels.
+template <Space space>
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[4]) {
+  if constexpr (space == Space::kShared) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(to)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
+}
+template <Space space>
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[2]) {
+  if constexpr (space == Space::kShared) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(shared_address(to)), "r"(words[0]),
+                 "r"(words[1])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(to), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  }
+}
+template <Space space>
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&word)[1]) {
+  *static_cast<uint32_t*>(to) = word[0];
+}
+
+// The bits of two floats rounded to 16 bits, the first lower.
+__device__ __forceinline__ uint32_t round_pair(float first, float second, __nv_bfloat16) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+__device__ __forceinline__ uint32_t round_pair(float first, float second, __half) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
 }
 // The bits of a float rounded to TF32.
 __device__ __forceinline__ float round_tf32(float value) {

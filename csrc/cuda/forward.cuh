@@ -15,6 +15,8 @@ struct ForwardParams {
   LinearAdapterForward problem;
   SharedLayout layout;
   Parts parts;
+  Chance depth, dropout;
+  Divisor sample_rows;
   int64_t splits;   // blocks that share a tile
   bool statistics;  // up kernel: only the post norm's moments
   void* activated;  // operands of the second product, by position, where shared memory has no room
@@ -41,9 +43,9 @@ struct Moments {
   }
 };
 
-template <class X, class P, int rows>
-class ForwardTile : public RowTile<X, P, rows> {
-  using Base = RowTile<X, P, rows>;
+template <class X, class P, class S>
+class ForwardTile : public RowTile<X, P, S> {
+  using Base = RowTile<X, P, S>;
 
  public:
   using Base::active;
@@ -69,7 +71,7 @@ class ForwardTile : public RowTile<X, P, rows> {
   __device__ __forceinline__ ForwardTile(const ForwardParams& parameters, const Segment& segment,
                                          int64_t first_position, int row_count)
       : Base(parameters.problem, parameters.layout, segment, first_position, row_count,
-             parameters.adapters.at(segment.adapter).view),
+             parameters.adapters.share(segment.adapter, parameters.layout.adapter).view),
         params(parameters),
         f(parameters.problem),
         x_aligned(is_aligned(f.x, width * static_cast<int64_t>(sizeof(X)))),
@@ -78,18 +80,18 @@ class ForwardTile : public RowTile<X, P, rows> {
 
   // A row of x, in shared memory once it is there.
   __device__ __forceinline__ const X* x(int i) const {
-    if (layout.x_resident) return Base::template at<X>(layout.x) + i * width;
-    return static_cast<const X*>(f.x) + row[i] * width;
+    if (layout.x_resident) return shared_at<X>(layout.x) + i * width;
+    return static_cast<const X*>(f.x) + row()[i] * width;
   }
 
   // Brings the rows of x into shared memory, where it has room. Call after a barrier, and have one
   // before they are read.
   __device__ __forceinline__ void load_x() const {
     if (!layout.x_resident) return;
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    for (int i = warp; i < count; i += kWarps) {
-      const X* from = static_cast<const X*>(f.x) + row[i] * width;
-      X* to = Base::template at<X>(layout.x) + i * width;
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
+    for (int i = warp; i < count; i += S::kWarps) {
+      const X* from = static_cast<const X*>(f.x) + row()[i] * width;
+      X* to = shared_at<X>(layout.x) + i * width;
       if (x_aligned) {
         for (int64_t c = lane * kVector<X>; c < width; c += 32 * kVector<X>) {
           copy_async(to + c, from + c, 16);
@@ -104,8 +106,8 @@ class ForwardTile : public RowTile<X, P, rows> {
 
   // The pre norm's mean and 1 / sqrt(variance + eps), in two passes over the row.
   __device__ __forceinline__ void normalize() const {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    for (int i = warp; i < count; i += kWarps) {
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
+    for (int i = warp; i < count; i += S::kWarps) {
       const X* from = x(i);
       const auto average = [&](auto&& term) {
         C sum = 0;
@@ -122,8 +124,8 @@ class ForwardTile : public RowTile<X, P, rows> {
       const C average_x = average([](C v) { return v; });
       const C variance = average([&](C v) { return (v - average_x) * (v - average_x); });
       if (lane == 0) {
-        mean[i] = average_x;
-        rstd[i] = C(1) / sqrt(variance + static_cast<C>(f.eps));
+        mean()[i] = average_x;
+        rstd()[i] = C(1) / sqrt(variance + static_cast<C>(f.eps));
       }
     }
   }
@@ -141,8 +143,9 @@ class ForwardTile : public RowTile<X, P, rows> {
     if (!pre) return;
     C weight[n], bias[n];  // zero behind the last column
     this->load_norm(weight, bias, column);
+    const C row_mean = mean()[i], row_rstd = rstd()[i];
 #pragma unroll
-    for (int e = 0; e < n; ++e) values[e] = (values[e] - mean[i]) * rstd[i] * weight[e] + bias[e];
+    for (int e = 0; e < n; ++e) values[e] = (values[e] - row_mean) * row_rstd * weight[e] + bias[e];
   }
 
   // The first product for one block of the bottleneck: calls function(chunk, sums) for some chunks
@@ -157,9 +160,9 @@ class ForwardTile : public RowTile<X, P, rows> {
     const int64_t left_columns = view.bottleneck - block * kBlock;
     const int columns = left_columns < kBlock ? static_cast<int>(left_columns) : kBlock;
     const auto fill = [&](int64_t step) {
-      matrix.template fill<X, P, kBlock, kStep<P>>(Base::template at<T>(layout.weights[step & 1]),
-                                                   kStepPitch<P>, block * kBlock, step * kStep<P>,
-                                                   this->rounding);
+      matrix.template fill<X, P, S, kBlock, kStep<P>>(shared_at<T>(layout.weights[step & 1]),
+                                                      kStepPitch<P>, block * kBlock,
+                                                      step * kStep<P>, this->rounding);
       copy_async_commit();
     };
     Sums sums;
@@ -167,16 +170,16 @@ class ForwardTile : public RowTile<X, P, rows> {
     __syncthreads();
     fill(first_chunk * chunk_steps);
     for (int64_t step = first_chunk * chunk_steps; step < end; ++step) {
-      T* left = Base::template at<T>(layout.left[step & 1]);
-      fill_tile<P, rows, kStep<P>>(
+      T* left = shared_at<T>(layout.left[step & 1]);
+      fill_tile<P, S, S::kRows, kStep<P>>(
           left, kStepPitch<P>, this->rounding,
           [&](int i, int at, auto& values) { operand(i, step * kStep<P> + at, values); });
       copy_async_wait<0>();
       __syncthreads();
       if (step + 1 < end) fill(step + 1);
       sums.template multiply<true, true>(left, kStepPitch<P>,
-                                         Base::template at<T>(layout.weights[step & 1]),
-                                         kStepPitch<P>, kStep<P>, columns);
+                                         shared_at<T>(layout.weights[step & 1]), kStepPitch<P>,
+                                         kStep<P>, columns);
       if ((step + 1) % chunk_steps == 0 || step + 1 == end) {
         function(step / chunk_steps, sums);
         sums.clear();
@@ -190,11 +193,11 @@ class ForwardTile : public RowTile<X, P, rows> {
                                               bool save) const {
     const int64_t r = view.bottleneck;
     if (save && f.hidden && i < count) {
-      C* to = static_cast<C*>(f.hidden) + row[i] * f.hidden_stride + j;
-      const C first_kept = active[i] && j < r ? first_h : C(0);
-      const C second_kept = active[i] && j + 1 < r ? second_h : C(0);
+      C* to = static_cast<C*>(f.hidden) + row()[i] * f.hidden_stride + j;
+      const C first_kept = active()[i] && j < r ? first_h : C(0);
+      const C second_kept = active()[i] && j + 1 < r ? second_h : C(0);
       if (f.hidden_stride % 2 == 0) {
-        if (j < f.hidden_stride) store_pair(to, first_kept, second_kept);
+        if (j < f.hidden_stride) store_pair<Space::kGlobal>(to, first_kept, second_kept);
       } else {
         if (j < f.hidden_stride) to[0] = first_kept;
         if (j + 1 < f.hidden_stride) to[1] = second_kept;
@@ -205,10 +208,11 @@ class ForwardTile : public RowTile<X, P, rows> {
     };
     const T first_z = operand_of(j < r, first_h), second_z = operand_of(j + 1 < r, second_h);
     if (layout.activated_resident) {
-      store_pair(Base::template at<T>(layout.activated) + i * layout.activated_pitch + j, first_z,
-                 second_z);
+      store_pair<Space::kShared>(shared_at<T>(layout.activated) + i * layout.activated_pitch + j,
+                                 first_z, second_z);
     } else if (i < count) {
-      store_pair(activated_in_memory() + i * activated_stride() + j, first_z, second_z);
+      store_pair<Space::kGlobal>(activated_in_memory() + i * activated_stride() + j, first_z,
+                                 second_z);
     }
   }
 
@@ -217,16 +221,16 @@ class ForwardTile : public RowTile<X, P, rows> {
     if (!f.hidden) return;
     const int64_t begin = round_up(view.bottleneck, kBlock);
     for (int i = 0; i < count; ++i) {
-      C* to = static_cast<C*>(f.hidden) + row[i] * f.hidden_stride;
-      for (int64_t j = begin + threadIdx.x; j < f.hidden_stride; j += kThreads) to[j] = C(0);
+      C* to = static_cast<C*>(f.hidden) + row()[i] * f.hidden_stride;
+      for (int64_t j = begin + threadIdx.x; j < f.hidden_stride; j += S::kThreads) to[j] = C(0);
     }
   }
 
   __device__ __forceinline__ void keep_statistics() const {
-    const int i = static_cast<int>(threadIdx.x);
+    const int i = thread_index();
     if (!f.mean || i >= count) return;
-    static_cast<C*>(f.mean)[row[i]] = active[i] ? mean[i] : C(0);
-    static_cast<C*>(f.rstd)[row[i]] = active[i] ? rstd[i] : C(0);
+    static_cast<C*>(f.mean)[row()[i]] = active()[i] ? mean()[i] : C(0);
+    static_cast<C*>(f.rstd)[row()[i]] = active()[i] ? rstd()[i] : C(0);
   }
 
   __device__ __forceinline__ int64_t activated_stride() const {
@@ -235,39 +239,40 @@ class ForwardTile : public RowTile<X, P, rows> {
   __device__ __forceinline__ T* activated_in_memory() const {
     return static_cast<T*>(params.activated) + first * activated_stride();
   }
-  __device__ __forceinline__ UpProduct<X, P, rows> up_product() const {
+  __device__ __forceinline__ UpProduct<X, P, S> up_product() const {
     return {*this, activated_in_memory(), activated_stride()};
   }
 
   // The post norm's moments over some blocks of columns: calls function(vector index, row, block,
   // moments) in all threads that share a row.
   template <class Function>
-  __device__ __forceinline__ void moments(UpProduct<X, P, rows>& up, int64_t first_block,
+  __device__ __forceinline__ void moments(UpProduct<X, P, S>& up, int64_t first_block,
                                           int64_t blocks, Function&& function) const {
     up.start(first_block, blocks);
     for (int64_t block = first_block; block < first_block + blocks; ++block) {
       Sums product;
       up.next(product);
-      product.store(this->sums, kSumPitch<C>);
+      product.template store<Space::kShared>(this->sums(), kSumPitch<C>);
       __syncthreads();
+      const Own own;
       const int64_t columns = width - block * kBlock < kBlock ? width - block * kBlock : kBlock;
 #pragma unroll
       for (int v = 0; v < Own::kCount; ++v) {
         C values[kVector<X>];
-        load_aligned(values, this->sums + Own::row(v) * kSumPitch<C> + Own::column());
+        load_sums(values, this->sums() + own.row(v) * kSumPitch<C> + own.column());
         C sum = 0, squares = 0;
 #pragma unroll
         for (int e = 0; e < kVector<X>; ++e) {
-          if (Own::column() + e < columns) sum += values[e];
+          if (own.column() + e < columns) sum += values[e];
         }
         const C average = sum_over_lanes<Own::kLanes>(sum) / static_cast<C>(columns);
 #pragma unroll
         for (int e = 0; e < kVector<X>; ++e) {
           const C deviation = values[e] - average;
-          if (Own::column() + e < columns) squares += deviation * deviation;
+          if (own.column() + e < columns) squares += deviation * deviation;
         }
         function(
-            v, Own::row(v), block,
+            v, own.row(v), block,
             Moments<C>{average, sum_over_lanes<Own::kLanes>(squares), static_cast<C>(columns)});
       }
     }
@@ -278,47 +283,52 @@ class ForwardTile : public RowTile<X, P, rows> {
   }
 
   // y = x + d, d = scale · mask ⊙ o, and ||d||², for some blocks of columns.
-  __device__ __forceinline__ void finish(UpProduct<X, P, rows>& up, int64_t first_block,
-                                         int64_t blocks, const Depth& depth) const {
-    const Dropout dropout(f);
+  __device__ __forceinline__ void finish(UpProduct<X, P, S>& up, int64_t first_block,
+                                         int64_t blocks) const {
+    const Dropout dropout(f, params.dropout);
     C penalty[Own::kCount] = {};
     up.start(first_block, blocks);
     for (int64_t block = first_block; block < first_block + blocks; ++block) {
       Sums product;
       up.next(product);
-      product.store(this->sums, kSumPitch<C>);
+      product.template store<Space::kShared>(this->sums(), kSumPitch<C>);
       __syncthreads();
-      const int64_t column = block * kBlock + Own::column(), left = width - column;
+      const Own own;
+      const int64_t column = block * kBlock + own.column(), left = width - column;
+      const C scale = static_cast<C>(params.depth.kept_scale);
 #pragma unroll
       for (int v = 0; v < Own::kCount; ++v) {
-        const int i = Own::row(v);
+        const int i = own.row(v);
         const bool there = i < count && left > 0;
-        C d[kVector<X>], from[kVector<X>], squares = 0;
+        C squares = 0;
         if (there) {
-          load_aligned(d, this->sums + i * kSumPitch<C> + Own::column());
+          C d[kVector<X>], from[kVector<X>];
+          load_sums(d, this->sums() + i * kSumPitch<C> + own.column());
           load(from, x(i) + column, left, x_aligned);
           if (!pre) {
             C weight[kVector<X>], bias[kVector<X>];
             this->load_norm(weight, bias, column);
+            const C row_mean = mean()[i], row_rstd = rstd()[i];
 #pragma unroll
             for (int e = 0; e < kVector<X>; ++e) {
-              d[e] = (d[e] - mean[i]) * rstd[i] * weight[e] + bias[e];
+              d[e] = (d[e] - row_mean) * row_rstd * weight[e] + bias[e];
             }
           }
-          dropout.apply(d, row[i], column);
-          const C scale = static_cast<C>(depth.kept_scale);
+          const int64_t at = row()[i];
+          const bool is_active = active()[i];
+          dropout.apply(d, at, column);
 #pragma unroll
           for (int e = 0; e < kVector<X>; ++e) {
-            d[e] = active[i] ? d[e] * scale : C(0);
+            d[e] = is_active ? d[e] * scale : C(0);
             if (e < left) squares += d[e] * d[e];
             if (f.residual) d[e] += from[e];
           }
-          store(static_cast<X*>(f.y) + row[i] * width + column, d, left, y_aligned);
+          store(static_cast<X*>(f.y) + at * width + column, d, left, y_aligned);
         }
         if (params.penalties) {
           squares = sum_over_lanes<Own::kLanes>(squares);
           penalty[v] += squares;
-          if (there && params.penalty_blocks > 1 && Own::column() == 0) {
+          if (there && params.penalty_blocks > 1 && own.column() == 0) {
             static_cast<C*>(params.penalties)[(first + i) * params.penalty_blocks + block] =
                 squares;
           }
@@ -326,10 +336,11 @@ class ForwardTile : public RowTile<X, P, rows> {
       }
     }
     if (params.penalties && params.penalty_blocks == 1) {
+      const Own own;
 #pragma unroll
       for (int v = 0; v < Own::kCount; ++v) {
-        if (Own::row(v) < count && Own::column() == 0) {
-          static_cast<C*>(params.penalties)[first + Own::row(v)] = penalty[v];
+        if (own.row(v) < count && own.column() == 0) {
+          static_cast<C*>(params.penalties)[first + own.row(v)] = penalty[v];
         }
       }
     }
@@ -337,13 +348,14 @@ class ForwardTile : public RowTile<X, P, rows> {
 };
 
 // What the kernels do for rows that no adapter changes: y = x, and zeros for the backward.
-template <class X, class C>
-__device__ void forward_untouched(const LinearAdapterForward& f, int64_t first, int count) {
+template <class X, class C, class S>
+__device__ void forward_untouched(const ForwardParams& params, int64_t first, int count) {
+  const LinearAdapterForward& f = params.problem;
   const int64_t width = f.hidden_size, bytes = width * static_cast<int64_t>(sizeof(X));
   const bool aligned = is_aligned(f.x, bytes) && is_aligned(f.y, bytes);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += kWarps) {
-    const int64_t row = row_at(f.routing, first + i);
+  const int lane = thread_index() % 32;
+  for (int i = thread_index() / 32; i < count; i += S::kWarps) {
+    const int64_t row = row_at(f.routing, params.sample_rows, first + i);
     copy_row(static_cast<X*>(f.y) + row * width, static_cast<const X*>(f.x) + row * width, width,
              aligned);
     if (!f.hidden) continue;
@@ -355,37 +367,37 @@ __device__ void forward_untouched(const LinearAdapterForward& f, int64_t first, 
 }
 
 // The rows of a block; false where it has none, or where no adapter changes them.
-template <class X, class C>
+template <class X, class C, class S>
 __device__ __forceinline__ bool forward_work(const ForwardParams& params, const Depth& depth,
                                              int64_t block, bool first_of_tile, Segment& segment,
                                              int64_t& first, int& count) {
   const LinearAdapterForward& f = params.problem;
   if (!f.l2_lambda && block == 0 && first_of_tile) {
-    for (int64_t a = threadIdx.x; a < f.routing.adapters; a += kThreads) {
+    for (int64_t a = threadIdx.x; a < f.routing.adapters; a += S::kThreads) {
       static_cast<C*>(f.aux)[a] = C(0);
     }
   }
   segment = params.parts.find(f.routing, block);
-  first = segment.begin + segment.part * params.parts.size;
+  first = segment.begin + segment.part * params.parts.size.value;
   const int64_t left = segment.end - first;
   if (left <= 0) return false;
-  count = static_cast<int>(left < params.parts.size ? left : params.parts.size);
-  if (segment.adapter < f.routing.adapters && depth.keeps_adapter(f, segment.adapter)) return true;
-  if (first_of_tile) forward_untouched<X, C>(f, first, count);
+  count = static_cast<int>(left < params.parts.size.value ? left : params.parts.size.value);
+  if (segment.adapter < f.routing.adapters && depth.keeps_adapter(segment.adapter)) return true;
+  if (first_of_tile) forward_untouched<X, C, S>(params, first, count);
   return false;
 }
 
 // The whole layer for a tile of rows.
-template <class X, class P, int rows>
-__global__ __launch_bounds__(kThreads) void forward_kernel(
+template <class X, class P, class S>
+__global__ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void forward_kernel(
     const __grid_constant__ ForwardParams params) {
-  using Tile = ForwardTile<X, P, rows>;
+  using Tile = ForwardTile<X, P, S>;
   using C = typename P::Sum;
-  const Depth depth(params.problem);
+  const Depth depth{params.problem, params.depth, params.sample_rows};
   Segment segment;
   int64_t first;
   int count;
-  if (!forward_work<X, C>(params, depth, blockIdx.x, true, segment, first, count)) return;
+  if (!forward_work<X, C, S>(params, depth, blockIdx.x, true, segment, first, count)) return;
   const Tile tile(params, segment, first, count);
   tile.find_rows(depth);
   __syncthreads();
@@ -397,7 +409,7 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(
     typename Tile::Sums hidden;
     hidden.clear();
     tile.down(block, 0, chunks, [&](int64_t, const auto& sums) { hidden.add(sums); });
-    hidden.for_each_pair([&](int i, int column, C first_h, C second_h) {
+    hidden.for_each_pair([&](int i, int column, C first_h, C second_h, int) {
       tile.keep_hidden(i, block * kBlock + column, first_h, second_h, true);
     });
   }
@@ -407,31 +419,39 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(
     Moments<C> all[Tile::Own::kCount] = {};
     tile.moments(up, 0, tile.column_blocks,
                  [&](int v, int, int64_t, const Moments<C>& some) { all[v].add(some); });
+    const typename Tile::Own own;
     for (int v = 0; v < Tile::Own::kCount; ++v) {
-      if (Tile::Own::column() == 0) {
-        tile.mean[Tile::Own::row(v)] = all[v].mean;
-        tile.rstd[Tile::Own::row(v)] = tile.rstd_of(all[v]);
+      if (own.column() == 0) {
+        tile.mean()[own.row(v)] = all[v].mean;
+        tile.rstd()[own.row(v)] = tile.rstd_of(all[v]);
       }
     }
     __syncthreads();
   }
   tile.keep_statistics();
-  tile.finish(up, 0, tile.column_blocks, depth);
+  tile.finish(up, 0, tile.column_blocks);
+}
+
+// Where part `index` of some begins, of `count` things. There are fewer than 2^31 of them.
+__device__ __forceinline__ int64_t part_of(int64_t count, int64_t index, unsigned parts) {
+  const unsigned all = static_cast<unsigned>(count), i = static_cast<unsigned>(index);
+  return all / parts * i + all % parts * i / parts;
 }
 
 // Decode, first kernel: the first product's sums over some chunks of columns.
 template <class X, class P>
 __global__ __launch_bounds__(kThreads) void forward_down_kernel(
     const __grid_constant__ ForwardParams params) {
-  using Tile = ForwardTile<X, P, 16>;
+  using Tile = ForwardTile<X, P, SmallTile>;
   using C = typename P::Sum;
-  const int64_t split = blockIdx.x % params.splits;
-  const Depth depth(params.problem);
+  const unsigned splits = static_cast<unsigned>(params.splits);
+  const int64_t split = blockIdx.x % splits;
+  const Depth depth{params.problem, params.depth, params.sample_rows};
   Segment segment;
   int64_t first;
   int count;
-  if (!forward_work<X, C>(params, depth, blockIdx.x / params.splits, split == 0, segment, first,
-                          count)) {
+  if (!forward_work<X, C, SmallTile>(params, depth, blockIdx.x / splits, split == 0, segment, first,
+                                     count)) {
     return;
   }
   const Tile tile(params, segment, first, count);
@@ -443,14 +463,15 @@ __global__ __launch_bounds__(kThreads) void forward_down_kernel(
     if (split == 0) tile.keep_statistics();
   }
   const int64_t chunks = (tile.width + kChunk - 1) / kChunk;
-  const int64_t begin = split * chunks / params.splits, end = (split + 1) * chunks / params.splits;
+  const int64_t begin = part_of(chunks, split, splits), end = part_of(chunks, split + 1, splits);
   const int64_t stride = round_up(tile.f.hidden_stride, 2);
   for (int64_t block = 0; block * kBlock < tile.view.bottleneck; ++block) {
     tile.down(block, begin, end, [&](int64_t chunk, auto& sums) {
       C* to = static_cast<C*>(params.partials) + (chunk * tile.f.rows + first) * stride;
-      sums.for_each_pair([&](int i, int column, C first_sum, C second_sum) {
+      sums.for_each_pair([&](int i, int column, C first_sum, C second_sum, int) {
         const int64_t j = block * kBlock + column;
-        if (i < count && j < stride) store_pair(to + i * stride + j, first_sum, second_sum);
+        if (i < count && j < stride)
+          store_pair<Space::kGlobal>(to + i * stride + j, first_sum, second_sum);
       });
     });
   }
@@ -460,15 +481,16 @@ __global__ __launch_bounds__(kThreads) void forward_down_kernel(
 template <class X, class P>
 __global__ __launch_bounds__(kThreads) void forward_up_kernel(
     const __grid_constant__ ForwardParams params) {
-  using Tile = ForwardTile<X, P, 16>;
+  using Tile = ForwardTile<X, P, SmallTile>;
   using C = typename P::Sum;
   const LinearAdapterForward& f = params.problem;
-  const int64_t split = blockIdx.x % params.splits;
-  const Depth depth(f);
-  const Segment segment = params.parts.find(f.routing, blockIdx.x / params.splits);
-  const int64_t first = segment.begin + segment.part * params.parts.size;
+  const unsigned splits = static_cast<unsigned>(params.splits);
+  const int64_t split = blockIdx.x % splits;
+  const Depth depth{f, params.depth, params.sample_rows};
+  const Segment segment = params.parts.find(f.routing, blockIdx.x / splits);
+  const int64_t first = segment.begin + segment.part * params.parts.size.value;
   if (segment.adapter >= f.routing.adapters || first >= segment.end ||
-      !depth.keeps_adapter(f, segment.adapter)) {
+      !depth.keeps_adapter(segment.adapter)) {
     return;
   }
   const int64_t left = segment.end - first;
@@ -479,27 +501,31 @@ __global__ __launch_bounds__(kThreads) void forward_up_kernel(
   const int64_t chunks = (tile.width + kChunk - 1) / kChunk;
   const int64_t stride = round_up(f.hidden_stride, 2);
   const int64_t padded = round_up(tile.view.bottleneck, kBlock);
-  for (int64_t pair = threadIdx.x; pair < 16 * padded / 2; pair += kThreads) {
-    const int i = static_cast<int>(pair / (padded / 2));
-    const int64_t j = pair % (padded / 2) * 2;
-    C sum[2] = {};
-    if (i < count && j < stride) {
-      const C* from = static_cast<const C*>(params.partials) + (first + i) * stride + j;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        sum[0] += from[chunk * f.rows * stride];
-        sum[1] += from[chunk * f.rows * stride + 1];
+  for (int i = thread_index() / 32; i < 16; i += kWarps) {
+    for (int64_t j = threadIdx.x % 32 * 2; j < padded; j += 64) {
+      C sum[2] = {};
+      if (i < count && j < stride) {
+        const C* from = static_cast<const C*>(params.partials) + (first + i) * stride + j;
+#pragma unroll 4
+        for (int64_t chunk = 0; chunk < chunks; ++chunk, from += f.rows * stride) {
+          C part[2];
+          load_aligned(part, from);
+          sum[0] += part[0];
+          sum[1] += part[1];
+        }
       }
+      tile.keep_hidden(i, j, sum[0], sum[1], split == 0 && !params.statistics);
     }
-    tile.keep_hidden(i, j, sum[0], sum[1], split == 0 && !params.statistics);
   }
   if (split == 0 && !params.statistics) tile.clear_hidden();
-  const int64_t begin = split * tile.column_blocks / params.splits;
-  const int64_t end = (split + 1) * tile.column_blocks / params.splits;
+  const int64_t begin = part_of(tile.column_blocks, split, splits);
+  const int64_t end = part_of(tile.column_blocks, split + 1, splits);
   auto up = tile.up_product();
   C* moments = static_cast<C*>(params.moments) + 2 * first * tile.column_blocks;
   if (params.statistics) {
+    const typename Tile::Own own;
     tile.moments(up, begin, end - begin, [&](int, int i, int64_t block, const Moments<C>& some) {
-      if (i < count && Tile::Own::column() == 0) {
+      if (i < count && own.column() == 0) {
         moments[2 * (i * tile.column_blocks + block)] = some.mean;
         moments[2 * (i * tile.column_blocks + block) + 1] = some.squares;
       }
@@ -507,7 +533,7 @@ __global__ __launch_bounds__(kThreads) void forward_up_kernel(
     return;
   }
   if (!tile.pre) {
-    const int i = static_cast<int>(threadIdx.x);
+    const int i = thread_index();
     if (i < count) {
       Moments<C> all = {};
       for (int64_t block = 0; block < tile.column_blocks; ++block) {
@@ -515,13 +541,13 @@ __global__ __launch_bounds__(kThreads) void forward_up_kernel(
         const C* from = moments + 2 * (i * tile.column_blocks + block);
         all.add({from[0], from[1], static_cast<C>(columns < kBlock ? columns : kBlock)});
       }
-      tile.mean[i] = all.mean;
-      tile.rstd[i] = tile.rstd_of(all);
+      tile.mean()[i] = all.mean;
+      tile.rstd()[i] = tile.rstd_of(all);
     }
     __syncthreads();
     if (split == 0) tile.keep_statistics();
   }
-  tile.finish(up, begin, end - begin, depth);
+  tile.finish(up, begin, end - begin);
 }
 
 // aux[a] = λ / B Σ ||d||² over the adapter's rows, in an order that depends on their number alone.
@@ -530,10 +556,10 @@ __global__ __launch_bounds__(kThreads) void aux_kernel(
     const __grid_constant__ ForwardParams params) {
   const LinearAdapterForward& f = params.problem;
   const int64_t a = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index();
   const int64_t begin = first_position(f.routing, a), end = first_position(f.routing, a + 1);
   double sum = 0;
-  if (Depth(f).keeps_adapter(f, a)) {
+  if (Depth{f, params.depth, params.sample_rows}.keeps_adapter(a)) {
     for (int64_t position = begin + thread; position < end; position += kThreads) {
       C penalty = 0;
       const C* from = static_cast<const C*>(params.penalties) + position * params.penalty_blocks;
@@ -547,8 +573,7 @@ __global__ __launch_bounds__(kThreads) void aux_kernel(
   __syncthreads();
   if (thread == 0) {
     for (int warp = 1; warp < kWarps; ++warp) sum += of_warp[warp];
-    const double samples = static_cast<double>(
-        (end - begin) / (f.routing.rows_per_sample > 0 ? f.routing.rows_per_sample : 1));
+    const double samples = static_cast<double>(params.sample_rows.divide(end - begin));
     const double lambda = static_cast<double>(static_cast<const C*>(f.l2_lambda)[a]);
     static_cast<C*>(f.aux)[a] = samples > 0 ? static_cast<C>(lambda * sum / samples) : C(0);
   }
@@ -556,17 +581,17 @@ __global__ __launch_bounds__(kThreads) void aux_kernel(
 
 static_assert(sizeof(ForwardParams) <= 4096);
 
-template <class X, class P, int rows>
+template <class X, class P, class S>
 void forward_whole(const ForwardCall& call, ForwardParams& params) {
   const LinearAdapterForward& f = call.problem;
   // Two blocks of a multiprocessor at least, so that one computes while the other waits.
-  params.layout = shared_layout<X, P, rows>(f, call.limits.shared_memory / 2, true);
+  params.layout = shared_layout<X, P, S>(f, call.limits.shared_memory / 2, true);
   if (!params.layout.activated_resident) {
-    params.layout = shared_layout<X, P, rows>(f, call.limits.shared_memory, false);
+    params.layout = shared_layout<X, P, S>(f, call.limits.shared_memory, false);
   }
-  params.parts = Parts::make(f, rows, false);
-  launch("linear_adapter", &forward_kernel<X, P, rows>, grid("linear_adapter", params.parts.blocks),
-         kThreads, params.layout.bytes, call.stream, params);
+  params.parts = Parts::make(f, S::kRows, false);
+  launch("linear_adapter", &forward_kernel<X, P, S>, grid("linear_adapter", params.parts.blocks),
+         S::kThreads, params.layout.bytes, call.stream, params);
 }
 
 template <class X, class P>
@@ -576,10 +601,14 @@ void Forward<X, P>::run(const ForwardCall& call) {
   const LinearAdapterForward& f = call.problem;
   ForwardParams params{};
   params.problem = f;
+  params.depth = f.stochastic_depth;
+  params.dropout = f.dropout;
+  params.sample_rows = std::max<int64_t>(f.routing.rows_per_sample, 1);
   params.adapters = call.adapters;
   const int64_t processors = call.limits.multiprocessors;
   const int64_t tiles = f.rows / 16 + std::min(f.routing.adapters, f.rows);
-  const SharedLayout split_layout = shared_layout<X, P, 16>(f, call.limits.shared_memory, false);
+  const SharedLayout split_layout =
+      shared_layout<X, P, SmallTile>(f, call.limits.shared_memory, false);
   const bool split = tiles < 2 * processors && split_layout.activated_resident;
   const int64_t chunks = (f.hidden_size + kChunk - 1) / kChunk;
   const int64_t column_blocks = (f.hidden_size + kBlock - 1) / kBlock;
@@ -616,9 +645,9 @@ void Forward<X, P>::run(const ForwardCall& call) {
     launch_with("linear_adapter's second product", &forward_up_kernel<X, P>,
                 params.parts.blocks * params.splits);
   } else if (large_tiles<X>(f, processors)) {
-    if constexpr (sizeof(X) < 8) forward_whole<X, P, 64>(call, params);
+    if constexpr (sizeof(X) < 8) forward_whole<X, P, LargeTile>(call, params);
   } else {
-    forward_whole<X, P, 16>(call, params);
+    forward_whole<X, P, SmallTile>(call, params);
   }
   if (f.l2_lambda && f.routing.adapters > 0) {
     launch("linear_adapter's auxiliary loss", &aux_kernel<C>,

@@ -50,22 +50,22 @@ inline constexpr int kBlockPitch =
     kBlock + (sizeof(typename P::Operand) == 4 ? 8 : 16 / sizeof(typename P::Operand));
 
 // Which part of [rows, 64] this warp has.
-template <int rows>
+template <class S>
 struct WarpTile {
-  static_assert(rows == 16 || rows == 32 || rows == 64);
-  static constexpr int kDown = rows / 16, kAcross = kWarps / kDown;
+  static constexpr int kDown = S::kRows / 16, kAcross = S::kWarps / kDown;
   static constexpr int kColumns = kBlock / kAcross, kTiles = kColumns / 8;
+  static_assert(kDown * 16 == S::kRows && kDown * kAcross == S::kWarps && kTiles > 0);
 
-  int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  int warp = thread_index() / 32, lane = thread_index() % 32;
   int first_row = warp % kDown * 16, first_column = warp / kDown * kColumns;
   int g = lane / 4, t = lane % 4;
 };
 
-template <class P, int rows>
+template <class P, class S>
 struct Product {
   using T = typename P::Operand;
   using C = typename P::Sum;
-  using Warp = WarpTile<rows>;
+  using Warp = WarpTile<S>;
   static constexpr int kTiles = Warp::kTiles;
 
   C sum[kTiles][4];
@@ -152,6 +152,7 @@ struct Product {
         }
 #pragma unroll
         for (int i = 0; i < kTiles; i += 2) {
+          static_assert(kTiles % 2 == 0);
           const int column = warp.first_column + 8 * i;
           if (column >= columns) break;
           uint32_t pair[4];
@@ -170,7 +171,7 @@ struct Product {
     }
   }
 
-  // Calls function(row, column, two sums in neighbouring columns).
+  // Calls function(row, column, two sums in neighbouring columns, which of the lane's two rows).
   template <class Function>
   __device__ __forceinline__ void for_each_pair(Function&& function) {
     const Warp warp;
@@ -179,15 +180,16 @@ struct Product {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         function(warp.first_row + warp.g + 8 * half, warp.first_column + 8 * i + 2 * warp.t,
-                 sum[i][2 * half], sum[i][2 * half + 1]);
+                 sum[i][2 * half], sum[i][2 * half + 1], half);
       }
     }
   }
 
-  // Writes the sums to a tile in shared memory.
+  // Writes the sums to a tile.
+  template <Space space>
   __device__ __forceinline__ void store(C* tile, int pitch) {
-    for_each_pair([&](int row, int column, C first, C second) {
-      store_pair(tile + row * pitch + column, first, second);
+    for_each_pair([&](int row, int column, C first, C second, int) {
+      store_pair<space>(tile + row * pitch + column, first, second);
     });
   }
 };
@@ -196,34 +198,60 @@ struct Product {
 template <class C>
 inline constexpr int kSumPitch = kBlock + 8;
 
+// Reads n neighbours of a tile of sums. Eight floats a lane would meet in the banks in pairs of
+// lanes, so every other four lanes begin with their second half.
+template <class C, int n>
+__device__ __forceinline__ void load_sums(C (&to)[n], const C* from) {
+  if constexpr (n == 8 && sizeof(C) == 4) {
+    const bool swapped = threadIdx.x & 4;
+    C first[4], second[4];
+    load_aligned(first, from + (swapped ? 4 : 0));
+    load_aligned(second, from + (swapped ? 0 : 4));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      to[e] = swapped ? second[e] : first[e];
+      to[e + 4] = swapped ? first[e] : second[e];
+    }
+  } else {
+    load_aligned(to, from);
+  }
+}
+
 // Rounds n values to operands, and writes them.
 template <class P, int n>
 __device__ __forceinline__ void store_operands(typename P::Operand* to,
                                                const typename P::Sum (&values)[n],
                                                DataType rounding) {
-  alignas(16) typename P::Operand operands[n];
+  using T = typename P::Operand;
+  if constexpr (std::is_same_v<P, TensorCore<T>>) {
+    store_aligned<Space::kShared>(to, values);
+  } else {
+    T operands[n];
 #pragma unroll
-  for (int e = 0; e < n; ++e) operands[e] = P::round(values[e], rounding);
-  put(to, operands);
+    for (int e = 0; e < n; ++e) operands[e] = P::round(values[e], rounding);
+    store_aligned<Space::kShared>(to, operands);
+  }
 }
 
 // Fills a [rows, columns] tile of operands: source(row, column, values) gives kVector<Operand>
 // values. Values are all read before any is written, so that the reads overlap.
-template <class P, int rows, int columns, class Source>
+template <class P, class S, int rows, int columns, class Source>
 __device__ __forceinline__ void fill_tile(typename P::Operand* tile, int pitch, DataType rounding,
                                           Source&& source) {
   using T = typename P::Operand;
-  constexpr int n = kVector<T>, across = columns / n, count = rows * across / kThreads;
-  static_assert(count * kThreads == rows * across);
+  constexpr int n = kVector<T>, across = columns / n, all = rows * across;
+  constexpr int count = (all + S::kThreads - 1) / S::kThreads;
+  static_assert(all % S::kThreads == 0 || count == 1);
+  if (all < S::kThreads && thread_index() >= all) return;
   typename P::Sum values[count][n];
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
+    const int vector = thread_index() + i * S::kThreads;
     source(vector / across, vector % across * n, values[i]);
   }
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
+    const int vector = thread_index() + i * S::kThreads;
     store_operands<P>(tile + vector / across * pitch + vector % across * n, values[i], rounding);
   }
 }
@@ -250,16 +278,17 @@ struct WeightMatrix {
 
   // Starts filling a tile with the part that begins at (row, column). The caller commits, waits and
   // synchronises.
-  template <class X, class P, int tile_rows, int tile_columns>
+  template <class X, class P, class S, int tile_rows, int tile_columns>
   __device__ __forceinline__ void fill(typename P::Operand* tile, int pitch, int64_t row,
                                        int64_t column, DataType rounding) const {
     using T = typename P::Operand;
     constexpr int n = kVector<T>, across = tile_columns / n;
+    static_assert(tile_rows * across % S::kThreads == 0);
     if (copied) {
       const T* from = static_cast<const T*>(data);
 #pragma unroll
-      for (int i = 0; i < tile_rows * across / kThreads; ++i) {
-        const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
+      for (int i = 0; i < tile_rows * across / S::kThreads; ++i) {
+        const int vector = thread_index() + i * S::kThreads;
         const int tile_row = vector / across, tile_column = vector % across * n;
         const int64_t left = row + tile_row < rows ? columns - column - tile_column : 0;
         const int count = left <= 0 ? 0 : left < n ? static_cast<int>(left) : n;
@@ -268,7 +297,7 @@ struct WeightMatrix {
                    count * static_cast<int>(sizeof(T)));
       }
     } else {
-      fill_tile<P, tile_rows, tile_columns>(
+      fill_tile<P, S, tile_rows, tile_columns>(
           tile, pitch, rounding, [&](int tile_row, int tile_column, auto& values) {
             const int64_t left = row + tile_row < rows ? columns - column - tile_column : 0;
             load_weights<X>(values, data, is_float,

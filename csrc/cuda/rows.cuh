@@ -10,6 +10,7 @@ namespace adapter_ext::cuda {
 // Offsets of a block's buffers in its shared memory, in bytes. Made by the host, so that it knows
 // their size.
 struct SharedLayout {
+  int adapter;                  // an Adapter
   int row, mean, rstd, active;  // [rows]
   int x;                        // [rows, D] of x's type, where `x_resident`
   int left[2];                  // operands of the first product, [rows, kStep]
@@ -22,45 +23,63 @@ struct SharedLayout {
   int bytes;
 };
 
-template <class X, class P, int rows>
+// Hands out a block's shared memory, from a size on.
+class SharedRoom {
+ public:
+  explicit SharedRoom(int64_t bytes = 0) : bytes_(bytes) {}
+  template <class T>
+  int take(int64_t count) {
+    const int64_t at = bytes_;
+    bytes_ = round_up(bytes_ + count * static_cast<int64_t>(sizeof(T)), 128);
+    return static_cast<int>(at);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_;
+};
+
+// What every kernel with a tile of rows needs.
+template <class C>
+void take_rows(SharedLayout& layout, SharedRoom& room, int64_t rows) {
+  layout.adapter = room.take<Adapter>(1);
+  layout.row = room.take<int64_t>(rows);
+  layout.mean = room.take<C>(rows);
+  layout.rstd = room.take<C>(rows);
+  layout.active = room.take<int>(rows);
+}
+
+// Buffers of both products, and of the rows of x where they have room within the limit.
+template <class X, class P, class S>
 SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit, bool want_x) {
   using T = typename P::Operand;
   using C = typename P::Sum;
+  constexpr int64_t rows = S::kRows, sums = rows * kSumPitch<C>;
   SharedLayout layout{};
-  int64_t bytes = 0;
-  const auto take = [&](int64_t size) {
-    const int64_t at = bytes;
-    bytes = round_up(bytes + size, 128);
-    return static_cast<int>(at);
-  };
-  layout.row = take(rows * 8);
-  layout.mean = take(rows * sizeof(C));
-  layout.rstd = take(rows * sizeof(C));
-  layout.active = take(rows * 4);
-  layout.weights[0] = take(kBlock * kStepPitch<P> * sizeof(T));
-  layout.weights[1] = take(kBlock * kStepPitch<P> * sizeof(T));
-  const int64_t left = rows * kStepPitch<P> * sizeof(T), sums = rows * kSumPitch<C> * sizeof(C);
+  SharedRoom room;
+  take_rows<C>(layout, room, rows);
+  for (int& weights : layout.weights) weights = room.take<T>(kBlock * kStepPitch<P>);
   const int64_t padded = round_up(std::max<int64_t>(p.hidden_stride, 1), kBlock);
   const int64_t pitch = padded + 16 / static_cast<int64_t>(sizeof(T));
-  const int64_t activated = rows * pitch * static_cast<int64_t>(sizeof(T));
   // The first product is over when the second begins, which then has its memory.
-  const int64_t shared = std::max(round_up(left, 128) * 2, sums);
-  layout.activated_resident = bytes + shared + activated + 256 <= limit;
-  layout.left[0] = take(left);
-  layout.left[1] = take(left);
+  const SharedRoom before = room;
+  for (int& left : layout.left) left = room.take<T>(rows * kStepPitch<P>);
+  SharedRoom shared(before.bytes());
+  layout.sums = shared.take<C>(sums);
+  SharedRoom resident(std::max(room.bytes(), shared.bytes()));
+  layout.activated = resident.take<T>(rows * pitch);
+  layout.activated_resident = resident.bytes() <= limit;
   if (layout.activated_resident) {
-    layout.sums = layout.left[0];
-    bytes = std::max(bytes, layout.sums + round_up(sums, 128));
-    layout.activated = take(activated);
+    room = resident;
     layout.activated_pitch = static_cast<int>(pitch);
   } else {
-    layout.sums = take(sums);
+    layout.sums = room.take<C>(sums);
     layout.activated_pitch = kStepPitch<P>;
   }
-  const int64_t x = rows * p.hidden_size * static_cast<int64_t>(sizeof(X));
-  layout.x_resident = want_x && bytes + x <= limit;
-  if (layout.x_resident) layout.x = take(x);
-  layout.bytes = static_cast<int>(bytes);
+  SharedRoom with_x = room;
+  layout.x = with_x.take<X>(rows * p.hidden_size);
+  layout.x_resident = want_x && with_x.bytes() <= limit;
+  layout.bytes = static_cast<int>((layout.x_resident ? with_x : room).bytes());
   return layout;
 }
 
@@ -71,25 +90,53 @@ ADAPTER_EXT_HOST_DEVICE DataType operand_rounding(const LinearAdapterProblem& p)
   return rounds ? p.operand_type : DataType::kFloat64;
 }
 
-// One thread's share of elementwise work on a [rows, 64] tile of x: some vectors of 16 bytes.
-template <class X, int rows>
+// One thread's share of elementwise work on a [rows, columns] tile of x: some vectors of 16 bytes.
+template <class X, class S, int columns = kBlock>
 struct Elements {
-  static constexpr int kColumns = kVector<X>;       // of a vector
-  static constexpr int kLanes = kBlock / kColumns;  // that share a row
-  static constexpr int kCount = rows * kLanes / kThreads;
-  static_assert(kCount * kThreads == rows * kLanes);
+  static constexpr int kColumns = kVector<X>;        // of a vector
+  static constexpr int kLanes = columns / kColumns;  // that share a row
+  static constexpr int kAll = S::kRows * kLanes;
+  static constexpr int kCount = (kAll + S::kThreads - 1) / S::kThreads;
+  static_assert(kAll % S::kThreads == 0 || kCount == 1);
 
-  static __device__ __forceinline__ int row(int i) {
-    return (static_cast<int>(threadIdx.x) + i * kThreads) / kLanes;
-  }
-  static __device__ __forceinline__ int column() {
-    return static_cast<int>(threadIdx.x) % kLanes * kColumns;
-  }
+  const int thread = thread_index();
+
+  __device__ __forceinline__ bool any() const { return kAll >= S::kThreads || thread < kAll; }
+  __device__ __forceinline__ int row(int i) const { return (thread + i * S::kThreads) / kLanes; }
+  __device__ __forceinline__ int column() const { return thread % kLanes * kColumns; }
+  // Where a vector lies in a tile [rows, columns].
+  __device__ __forceinline__ int at(int i) const { return row(i) * columns + column(); }
 };
+
+// Starts bringing this thread's vectors of a tile to shared memory, where only this thread reads
+// them: of rows of a [*, width] matrix, from a column on, zero outside of it. The caller commits
+// and waits.
+template <class Own, class X>
+__device__ __forceinline__ void bring(X* tile, const X* matrix, const int64_t* row, int count,
+                                      int64_t column, int64_t width, bool aligned) {
+  const Own own;
+  if (!own.any()) return;
+  const int64_t first = column + own.column(), left = width - first;
+#pragma unroll
+  for (int v = 0; v < Own::kCount; ++v) {
+    const int i = own.row(v);
+    const bool there = i < count && left > 0;
+    const X* from = there ? matrix + row[i] * width + first : matrix;
+    X* to = tile + own.at(v);
+    if (aligned) {
+      copy_async(to, from, there ? 16 : 0);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kVector<X>; ++e) {
+        to[e] = there && e < left ? from[e] : static_cast<X>(0.0f);
+      }
+    }
+  }
+}
 
 template <class X>
 __device__ __forceinline__ void copy_row(X* to, const X* from, int64_t count, bool aligned) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = thread_index() % 32;
   for (int64_t i = lane * kVector<X>; i < count; i += 32 * kVector<X>) {
     X values[kVector<X>];
     load(values, from + i, count - i, aligned);
@@ -97,32 +144,28 @@ __device__ __forceinline__ void copy_row(X* to, const X* from, int64_t count, bo
   }
 }
 
-template <class X, class P, int rows>
+template <class X, class P, class S>
 class RowTile {
  public:
   using T = typename P::Operand;
   using C = typename P::Sum;
-  using Sums = Product<P, rows>;
-  using Own = Elements<X, rows>;
+  using Sums = Product<P, S>;
+  using Own = Elements<X, S>;
 
   const LinearAdapterProblem& p;
   const SharedLayout& layout;
   const int64_t width, first;  // columns of x; the position of the first row
   const int count;             // rows that are there
   const int64_t adapter;
-  const AdapterView view;
+  const AdapterView& view;
   const DataType rounding;
   const bool float_weights, pre;
-  int64_t* const row;
-  C* const mean;
-  C* const rstd;
-  int* const active;  // 0 for rows that are not there, or that stochastic depth drops
-  C* const sums;
+  const int buffer;  // of two, for the rows
 
   __device__ __forceinline__ RowTile(const LinearAdapterProblem& problem,
                                      const SharedLayout& shared, const Segment& segment,
                                      int64_t first_position, int row_count,
-                                     const AdapterView& adapter_view)
+                                     const AdapterView& adapter_view, int row_buffer = 0)
       : p(problem),
         layout(shared),
         width(problem.hidden_size),
@@ -133,23 +176,26 @@ class RowTile {
         rounding(operand_rounding(problem)),
         float_weights(problem.weight_type == DataType::kFloat32),
         pre(problem.norm_position == NormPosition::kPre),
-        row(at<int64_t>(shared.row)),
-        mean(at<C>(shared.mean)),
-        rstd(at<C>(shared.rstd)),
-        active(at<int>(shared.active)),
-        sums(at<C>(shared.sums)) {}
+        buffer(row_buffer) {}
 
-  template <class Element>
-  static __device__ __forceinline__ Element* at(int offset) {
-    return reinterpret_cast<Element*>(shared_memory() + offset);
+  __device__ __forceinline__ int64_t* row() const {
+    return shared_at<int64_t>(layout.row) + buffer * S::kRows;
   }
+  // 0 for rows that are not there, or that stochastic depth drops.
+  __device__ __forceinline__ int* active() const {
+    return shared_at<int>(layout.active) + buffer * S::kRows;
+  }
+  __device__ __forceinline__ C* mean() const { return shared_at<C>(layout.mean); }
+  __device__ __forceinline__ C* rstd() const { return shared_at<C>(layout.rstd); }
+  __device__ __forceinline__ C* sums() const { return shared_at<C>(layout.sums); }
 
   // Finds the rows; others may read `row` and `active` after a barrier.
   __device__ __forceinline__ void find_rows(const Depth& depth) const {
-    const int i = static_cast<int>(threadIdx.x);
-    if (i >= rows) return;
-    row[i] = i < count ? row_at(p.routing, first + i) : 0;
-    active[i] = i < count && depth.keeps_row(p, row[i]);
+    const int i = thread_index();
+    if (i >= S::kRows) return;
+    const int64_t found = i < count ? row_at(p.routing, depth.sample_rows, first + i) : 0;
+    row()[i] = found;
+    active()[i] = i < count && depth.keeps_row(found);
   }
 
   __device__ __forceinline__ WeightMatrix up() const {
@@ -183,20 +229,16 @@ __device__ __forceinline__ int step_depth(int64_t bottleneck, int step) {
 
 // The second product, act(h) upᵀ, block of columns by block of columns. The next piece of `up` is
 // on its way while one is multiplied.
-template <class X, class P, int rows>
+template <class X, class P, class S>
 class UpProduct {
-  using Tile = RowTile<X, P, rows>;
+  using Tile = RowTile<X, P, S>;
   using T = typename P::Operand;
 
  public:
-  // `activated` [rows, bottleneck in whole blocks] is in shared memory, or, where it does not fit,
-  // in memory from a pointer on, its rows `activated_stride` apart.
+  // `activated` [rows, bottleneck] is in shared memory, or, where it does not fit, in memory from a
+  // pointer on, its rows `stride` apart, with zeros up to whole steps of 16 elements.
   __device__ __forceinline__ UpProduct(const Tile& tile, const T* in_memory, int64_t stride)
-      : tile_(tile),
-        up_(tile.up()),
-        in_memory_(in_memory),
-        in_memory_stride_(stride),
-        steps_(tile.up_steps()) {}
+      : tile_(tile), in_memory_(in_memory), in_memory_stride_(stride), steps_(tile.up_steps()) {}
 
   // Prepares for some blocks of columns, one after the other.
   __device__ __forceinline__ void start(int64_t first_block, int64_t blocks) {
@@ -208,16 +250,17 @@ class UpProduct {
   }
 
   // The sums of the next block. There is a barrier in it before anything else is done.
-  __device__ __forceinline__ void next(Product<P, rows>& product) {
+  __device__ __forceinline__ void next(Product<P, S>& product) {
     product.clear();
     for (int step = 0; step < steps_; ++step, ++step_) {
-      const T* left = Tile::template at<T>(tile_.layout.activated) + step * kStep<P>;
+      const T* left = shared_at<T>(tile_.layout.activated) + step * kStep<P>;
       if (!tile_.layout.activated_resident) {
-        T* piece = Tile::template at<T>(tile_.layout.left[step_ & 1]);
-        fill_tile<P, rows, kStep<P>>(
+        T* piece = shared_at<T>(tile_.layout.left[step_ & 1]);
+        fill_tile<P, S, S::kRows, kStep<P>>(
             piece, kStepPitch<P>, DataType::kFloat64, [&](int row, int column, auto& values) {
-              load(values, in_memory_ + row * in_memory_stride_ + step * kStep<P> + column,
-                   row < tile_.count ? kVector<T> : 0, true);
+              const int64_t j = step * kStep<P> + column;
+              load(values, in_memory_ + row * in_memory_stride_ + j,
+                   row < tile_.count && j < in_memory_stride_ ? kVector<T> : 0, true);
             });
         left = piece;
       }
@@ -225,25 +268,24 @@ class UpProduct {
       __syncthreads();
       if (step_ + 1 < end_) fill(step_ + 1);
       product.template multiply<true, true>(
-          left, tile_.layout.activated_pitch, Tile::template at<T>(tile_.layout.weights[step_ & 1]),
+          left, tile_.layout.activated_pitch, shared_at<T>(tile_.layout.weights[step_ & 1]),
           kStepPitch<P>, step_depth<P>(tile_.view.bottleneck, step));
     }
   }
 
  private:
   __device__ __forceinline__ void fill(int64_t step) const {
-    up_.template fill<X, P, kBlock, kStep<P>>(
-        Tile::template at<T>(tile_.layout.weights[step & 1]), kStepPitch<P>,
+    tile_.up().template fill<X, P, S, kBlock, kStep<P>>(
+        shared_at<T>(tile_.layout.weights[step & 1]), kStepPitch<P>,
         (first_block_ + step / steps_) * kBlock, step % steps_ * kStep<P>, tile_.rounding);
     copy_async_commit();
   }
 
   const Tile& tile_;
-  const WeightMatrix up_;
   const T* in_memory_;
   int64_t in_memory_stride_;
   const int steps_;
-  int64_t first_block_, step_, end_;
+  int64_t first_block_ = 0, step_ = 0, end_ = 0;
 };
 
 }  // namespace adapter_ext::cuda

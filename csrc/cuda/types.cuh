@@ -14,13 +14,32 @@ namespace adapter_ext::cuda {
 template <class X>
 using Accumulate = std::conditional_t<std::is_same_v<X, double>, double, float>;
 
-inline constexpr int kThreads = 128;  // of a block, but where a kernel says otherwise
-inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kBlock = 64;  // columns, and bottleneck elements, worked on at a time
+
+// The threads of a block, and the rows of a tile that it works on.
+template <int rows, int threads>
+struct Shape {
+  static constexpr int kRows = rows, kThreads = threads, kWarps = threads / 32;
+};
+using SmallTile = Shape<16, 128>;
+using LargeTile = Shape<64, 256>;
+// Blocks that a multiprocessor must have registers for: 128 a thread, where sums are floats.
+template <class S, class C>
+inline constexpr int kResident = 2048 / static_cast<int>(sizeof(C)) / S::kThreads;
+inline constexpr int kThreads = SmallTile::kThreads;  // of blocks without a tile
+inline constexpr int kWarps = SmallTile::kWarps;
 
 // Elements of a 16-byte access.
 template <class T>
 inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+__device__ __forceinline__ int thread_index() { return here(static_cast<int>(threadIdx.x)); }
+
+// What lies at an offset of the block's shared memory, in bytes.
+template <class T>
+__device__ __forceinline__ T* shared_at(int offset) {
+  return reinterpret_cast<T*>(shared_memory() + here(offset));
+}
 
 __device__ __forceinline__ bool is_aligned(const void* pointer, int64_t row_bytes = 0) {
   return ((reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(row_bytes)) & 15) == 0;
@@ -55,37 +74,59 @@ __device__ __forceinline__ void load(C (&to)[n], const T* from, int64_t count, b
   for (int i = 0; i < n; ++i) to[i] = i < count ? static_cast<C>(from[i]) : C(0);
 }
 
-// Writes n elements to an address aligned to them (to 16 bytes, if they are more).
-template <class T, int n>
-__device__ __forceinline__ void put(T* to, const T (&from)[n]) {
-  constexpr int bytes = n * static_cast<int>(sizeof(T));
-  if constexpr (bytes % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < bytes / 16; ++i) {
-      uint4 raw;
-      memcpy(&raw, from + i * (n * 16 / bytes), 16);
-      reinterpret_cast<uint4*>(to)[i] = raw;
-    }
+// The bits of two neighbours of a 16-bit type, the first lower.
+template <class T, class C>
+__device__ __forceinline__ uint32_t pair_bits(C first, C second) {
+  if constexpr (std::is_same_v<C, float>) {
+    return round_pair(first, second, T{});
   } else {
-    static_assert(bytes == 8 || bytes == 4);
-    std::conditional_t<bytes == 8, uint2, uint32_t> raw;
-    memcpy(&raw, from, bytes);
-    *reinterpret_cast<decltype(raw)*>(to) = raw;
+    const T low = static_cast<T>(first), high = static_cast<T>(second);
+    uint16_t low_bits, high_bits;
+    memcpy(&low_bits, &low, 2);
+    memcpy(&high_bits, &high, 2);
+    return low_bits | static_cast<uint32_t>(high_bits) << 16;
   }
 }
 
-template <class T, int n, class C>
+// Writes n elements to an address aligned to them (to 16 bytes, if they are more).
+template <Space space, class T, int n, class C>
 __device__ __forceinline__ void store_aligned(T* to, const C (&from)[n]) {
-  alignas(16) T parts[n];
+  constexpr int words = n * static_cast<int>(sizeof(T)) / 4;
+  uint32_t word[words];
+  if constexpr (sizeof(T) == 8) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) parts[i] = static_cast<T>(from[i]);
-  put(to, parts);
+    for (int i = 0; i < n; ++i) {
+      uint64_t bits;
+      memcpy(&bits, &from[i], 8);
+      word[2 * i] = static_cast<uint32_t>(bits);
+      word[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < words; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        word[i] = __float_as_uint(static_cast<float>(from[i]));
+      } else {
+        word[i] = pair_bits<T>(from[2 * i], from[2 * i + 1]);
+      }
+    }
+  }
+  constexpr int at_a_time = words < 4 ? words : 4;
+  static_assert(words % at_a_time == 0);
+#pragma unroll
+  for (int i = 0; i < words; i += at_a_time) {
+    uint32_t part[at_a_time];
+#pragma unroll
+    for (int k = 0; k < at_a_time; ++k) part[k] = word[i + k];
+    store_words<space>(reinterpret_cast<uint32_t*>(to) + i, part);
+  }
 }
 
+// Writes those of a vector's elements that are there, to global memory.
 template <class T, class C>
 __device__ __forceinline__ void store(T* to, const C (&from)[kVector<T>], int64_t count,
                                       bool aligned) {
-  if (aligned && count >= kVector<T>) return store_aligned(to, from);
+  if (aligned && count >= kVector<T>) return store_aligned<Space::kGlobal>(to, from);
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) {
     if (i < count) to[i] = static_cast<T>(from[i]);
@@ -93,9 +134,10 @@ __device__ __forceinline__ void store(T* to, const C (&from)[kVector<T>], int64_
 }
 
 // Writes two neighbours to an address aligned to both.
-template <class T>
+template <Space space, class T>
 __device__ __forceinline__ void store_pair(T* to, T first, T second) {
-  put(to, {first, second});
+  const T pair[2] = {first, second};
+  store_aligned<space>(to, pair);
 }
 
 // Weights are stored in x's type or in float32; this reads n elements from the one at `index`.

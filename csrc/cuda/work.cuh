@@ -15,6 +15,33 @@ ADAPTER_EXT_HOST_DEVICE constexpr int64_t round_up(int64_t value, int64_t multip
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Divides by a number that the host knows: nvcc's own 64-bit division is a call of a hundred
+// instructions. For dividends from 0 to 2^52.
+struct Divisor {
+  int64_t value;
+  double reciprocal;
+
+  Divisor(int64_t divisor = 1) : value(divisor), reciprocal(1.0 / static_cast<double>(divisor)) {}
+
+  // The quotient, and the remainder.
+  __device__ __forceinline__ int64_t divide(int64_t dividend, int64_t& remainder) const {
+    int64_t quotient = static_cast<int64_t>(static_cast<double>(dividend) * reciprocal);
+    remainder = dividend - quotient * value;  // rounding makes the quotient one too large or small
+    if (remainder < 0) {
+      --quotient;
+      remainder += value;
+    } else if (remainder >= value) {
+      ++quotient;
+      remainder -= value;
+    }
+    return quotient;
+  }
+  __device__ __forceinline__ int64_t divide(int64_t dividend) const {
+    int64_t remainder;
+    return divide(dividend, remainder);
+  }
+};
+
 // The adapters' weights, and in the backward their gradients. Up to kInline adapters travel with
 // the launch parameters; longer lists lie in device memory, stacks are described by their first.
 struct Adapter {
@@ -29,6 +56,14 @@ struct Adapters {
   Adapter adapter[kInline];
   int64_t norm_weight_step, norm_bias_step, down_step, up_step;  // in bytes, of stacks
   int64_t gradient_vector_step, gradient_matrix_step;
+
+  // An adapter, in shared memory: in registers it would take the room of sums. Threads may read it
+  // after a barrier.
+  __device__ __forceinline__ const Adapter& share(int64_t a, int offset) const {
+    Adapter* shared = shared_at<Adapter>(offset);
+    if (threadIdx.x == 0) *shared = at(a);
+    return *shared;
+  }
 
   __device__ __forceinline__ Adapter at(int64_t a) const {
     if (list) return list[a];
@@ -59,12 +94,14 @@ __device__ __forceinline__ int64_t first_position(const RoutingView& routing, in
   return samples * routing.rows_per_sample;
 }
 
-// The row of x at a position.
-__device__ __forceinline__ int64_t row_at(const RoutingView& routing, int64_t position) {
+// The row of x at a position, where samples are of some rows.
+__device__ __forceinline__ int64_t row_at(const RoutingView& routing, const Divisor& sample_rows,
+                                          int64_t position) {
   if (!routing.order) return position;
-  const int64_t sample = routing.order[position / routing.rows_per_sample];
-  assert(sample >= 0 && sample < routing.samples);  // a routing made by hand may be wrong
-  return sample * routing.rows_per_sample + position % routing.rows_per_sample;
+  int64_t row;
+  const int64_t sample = routing.order[sample_rows.divide(position, row)];
+  require(sample >= 0 && sample < routing.samples);  // a routing made by hand may be wrong
+  return sample * routing.rows_per_sample + row;
 }
 
 // Part of an adapter's rows. Adapter `adapters` stands for the rows without one.
@@ -79,7 +116,7 @@ struct Segment {
 // index on, which leaves each at least one and always enough. More adapters than rows: there is a
 // block for every row, and those at which a part begins have work.
 struct Parts {
-  int64_t size;
+  Divisor size;
   int64_t blocks;
   bool by_row;
 
@@ -94,65 +131,73 @@ struct Parts {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const auto first_block = [&](int64_t a) {
       const int64_t position = first_position(routing, a);
-      return by_row ? position : position / size + a;
+      return by_row ? position : size.divide(position) + a;
     };
     int64_t low = 0, count = routing.adapters + 1;
     while (count > 1) {
       const int64_t step = (count + 31) / 32;
       const bool before = lane * step < count && first_block(low + lane * step) <= block;
       const int top = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, before)));
-      assert(top >= 0);  // offsets made by hand that do not begin with 0
+      require(top >= 0);  // offsets made by hand that do not begin with 0
       low += top * step;
       count = count - top * step < step ? count - top * step : step;
     }
     const int64_t begin = first_position(routing, low), end = first_position(routing, low + 1);
-    assert(begin >= 0 && begin <= end && end <= routing.samples * routing.rows_per_sample);
+    require(begin >= 0 && begin <= end && end <= routing.samples * routing.rows_per_sample);
     const int64_t index = block - first_block(low);
     if (!by_row) return {low, begin, end, index};
-    return {low, begin, end, index % size == 0 ? index / size : end - begin};
+    int64_t row;
+    const int64_t part = size.divide(index, row);
+    return {low, begin, end, row == 0 ? part : end - begin};
+  }
+};
+
+// A chance to be dropped, made by the host: by a random word below the threshold.
+struct Chance {
+  uint64_t threshold;
+  double kept_scale;  // of what is kept
+
+  Chance(double probability = 0.0)
+      : threshold(drop_threshold(probability)),
+        kept_scale(probability < 1.0 ? 1.0 / (1.0 - probability) : 0.0) {}
+  __device__ __forceinline__ PhiloxKey key(const LinearAdapterProblem& problem) const {
+    return threshold > 0 ? philox_key(*problem.seed) : PhiloxKey{};
   }
 };
 
 // Stochastic depth: what becomes of an adapter or of a sample.
 struct Depth {
-  bool drops;
-  PhiloxKey key;
-  uint64_t threshold;
-  double kept_scale;
+  const LinearAdapterProblem& problem;
+  const Chance& chance;
+  const Divisor& sample_rows;
 
-  __device__ __forceinline__ explicit Depth(const LinearAdapterProblem& p)
-      : drops(p.stochastic_depth > 0.0),
-        key(drops ? philox_key(*p.seed) : PhiloxKey{}),
-        threshold(drop_threshold(p.stochastic_depth)),
-        kept_scale(p.stochastic_depth < 1.0 ? 1.0 / (1.0 - p.stochastic_depth) : 0.0) {}
-
-  __device__ __forceinline__ bool keeps_adapter(const LinearAdapterProblem& p, int64_t a) const {
-    return !drops || p.depth_mode != DepthMode::kCall || depth_keeps(a, key, threshold);
+  __device__ __forceinline__ bool keeps_adapter(int64_t a) const {
+    return chance.threshold == 0 || problem.depth_mode != DepthMode::kCall || keeps(a);
   }
-  __device__ __forceinline__ bool keeps_row(const LinearAdapterProblem& p, int64_t row) const {
-    return !drops || p.depth_mode != DepthMode::kSample ||
-           depth_keeps(row / p.routing.rows_per_sample, key, threshold);
+  __device__ __forceinline__ bool keeps_row(int64_t row) const {
+    return chance.threshold == 0 || problem.depth_mode != DepthMode::kSample ||
+           keeps(sample_rows.divide(row));
+  }
+
+ private:
+  __device__ __forceinline__ bool keeps(int64_t unit) const {
+    return depth_keeps(unit, chance.key(problem), chance.threshold);
   }
 };
 
 // Dropout of the output: 0 or 1 / keep probability for each element.
 struct Dropout {
-  bool active;
+  const Chance& chance;
   PhiloxKey key;
-  uint64_t threshold;
-  double kept_scale;
 
-  __device__ __forceinline__ explicit Dropout(const LinearAdapterProblem& p)
-      : active(drop_threshold(p.dropout) > 0),
-        key(active ? philox_key(*p.seed) : PhiloxKey{}),
-        threshold(drop_threshold(p.dropout)),
-        kept_scale(p.dropout < 1.0 ? 1.0 / (1.0 - p.dropout) : 0.0) {}
+  __device__ __forceinline__ Dropout(const LinearAdapterProblem& problem, const Chance& dropout)
+      : chance(dropout), key(dropout.key(problem)) {}
 
   // Multiplies n neighbouring elements of a row by their scales; n is 2, 4 or 8, and `column` a
   // multiple of it.
   template <int n, class C>
   __device__ __forceinline__ void apply(C (&values)[n], int64_t row, int64_t column) const {
-    if (!active) return;
+    if (chance.threshold == 0) return;
 #pragma unroll
     for (int first = 0; first < n; first += 4) {
       uint32_t words[4] = {static_cast<uint32_t>(row),
@@ -163,7 +208,7 @@ struct Dropout {
       for (int i = first; i < first + 4 && i < n; ++i) {
         uint32_t word = words[i - first];
         if constexpr (n == 2) word = column % 4 == 0 ? words[i] : words[i + 2];
-        values[i] *= word >= threshold ? static_cast<C>(kept_scale) : C(0);
+        values[i] *= word >= chance.threshold ? static_cast<C>(chance.kept_scale) : C(0);
       }
     }
   }

@@ -250,6 +250,10 @@ namespace adapter_ext::cuda {
 
 __forceinline__ unsigned char* shared_memory() { return simt::shared_memory(); }
 
+__forceinline__ int here(int number) { return number; }
+
+__forceinline__ void require(bool holds) { assert(holds); }
+
 __forceinline__ void copy_async(void* shared, const void* global, int count) {
   simt::copy_async(shared, global, count);
 }
@@ -271,6 +275,25 @@ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const
 __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                   __half) {
   simt::multiply_add(simt::OperandType::kFloat16, sum, a, b);
+}
+template <Space>
+__forceinline__ void store_words(void* to, const uint32_t (&words)[4]) {
+  *static_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+}
+template <Space>
+__forceinline__ void store_words(void* to, const uint32_t (&words)[2]) {
+  *static_cast<uint2*>(to) = {words[0], words[1]};
+}
+template <Space>
+__forceinline__ void store_words(void* to, const uint32_t (&word)[1]) {
+  *static_cast<uint32_t*>(to) = word[0];
+}
+
+__forceinline__ uint32_t round_pair(float first, float second, __nv_bfloat16) {
+  return simt::bfloat16_bits(first) | static_cast<uint32_t>(simt::bfloat16_bits(second)) << 16;
+}
+__forceinline__ uint32_t round_pair(float first, float second, __half) {
+  return simt::half_bits(first) | static_cast<uint32_t>(simt::half_bits(second)) << 16;
 }
 __forceinline__ void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4],
                                        const uint32_t (&b)[2]) {
