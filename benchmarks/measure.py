@@ -26,10 +26,25 @@ Sampler = Callable[[Callable[[], object]], Callable[[], float]]
 """Warms a function up; what it returns takes one sample: the seconds of one call."""
 
 
+def wall_clock(function: Callable[[], object]) -> Callable[[], float]:
+    """The sampler for the CPU: each sample is the mean of at least ``MIN_SAMPLE_SECONDS``."""
+
+    def sample(loops: int) -> float:
+        start = time.perf_counter()
+        for _ in range(loops):
+            function()
+        return (time.perf_counter() - start) / loops
+
+    loops = 1
+    while (per_call := sample(loops)) * loops < MIN_SAMPLE_SECONDS:
+        loops = max(2 * loops, min(10 * loops, int(MIN_SAMPLE_SECONDS / per_call) + 1))
+    return lambda: sample(loops)
+
+
 def interleaved_medians(
     functions: Mapping[str, Callable[[], object]],
     *,
-    sampler: Sampler,
+    sampler: Sampler = wall_clock,
     seconds: float = 0.3,
     min_samples: int = 3,
     max_samples: int = 1000,
@@ -55,21 +70,6 @@ def interleaved_medians(
         for name in functions:
             samples[name].append(take[name]())
     return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def wall_clock(function: Callable[[], object]) -> Callable[[], float]:
-    """The sampler for the CPU: each sample is the mean of at least ``MIN_SAMPLE_SECONDS``."""
-
-    def sample(loops: int) -> float:
-        start = time.perf_counter()
-        for _ in range(loops):
-            function()
-        return (time.perf_counter() - start) / loops
-
-    loops = 1
-    while (per_call := sample(loops)) * loops < MIN_SAMPLE_SECONDS:
-        loops = max(2 * loops, min(10 * loops, int(MIN_SAMPLE_SECONDS / per_call) + 1))
-    return lambda: sample(loops)
 
 
 class ColdEvents:

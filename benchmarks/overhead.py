@@ -34,10 +34,8 @@ def main() -> None:
     for mode, limit in LIMITS.items():
         steps = {name: cases.step(mode, make, problem) for name, make in implementations.items()}
         # The heap's first pages cost a page fault each, tens of microseconds on a virtual machine.
-        measure.interleaved_medians(steps, sampler=measure.wall_clock, seconds=options.seconds)
-        seconds = measure.interleaved_medians(
-            steps, sampler=measure.wall_clock, seconds=options.seconds
-        )
+        measure.interleaved_medians(steps, seconds=options.seconds)
+        seconds = measure.interleaved_medians(steps, seconds=options.seconds)
         ratio = seconds["ours"] / seconds["eager"]
         above |= ratio > limit
         times = [f"{seconds[name] * 1e6:.2f}" for name in implementations]
