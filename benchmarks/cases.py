@@ -12,7 +12,6 @@ import itertools
 import json
 import pathlib
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -204,7 +203,6 @@ def summary(results: Sequence[dict[str, Any]], wanted: Sequence[str]) -> str:
 
 
 def write_json(path: pathlib.Path, document: dict[str, Any]) -> None:
-    """Writes what was measured, and says so."""
+    """Writes what was measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nwritten: {path}", file=sys.stderr)

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -91,6 +92,7 @@ def main() -> None:
             options.json,
             {"machine": machine, "ceilings": dataclasses.asdict(limits), "results": results},
         )
+        print(f"\nwritten: {options.json}", file=sys.stderr)
 
 
 if __name__ == "__main__":
