@@ -286,9 +286,12 @@ def main() -> None:
     plan = [(main_cases(), PEERS, CASE_SECONDS)]
     if not options.no_compile:
         plan.append((compiled_cases(), COMPILED_PEERS, COMPILED_CASE_SECONDS))
-    for chosen, wanted, case_seconds in plan:
+    for every, wanted, case_seconds in plan:
+        chosen = [case for case in every if re.search(options.match, str(case))]
+        if not chosen:
+            continue
         done = sweep(
-            [case for case in chosen if re.search(options.match, str(case))],
+            chosen,
             wanted,
             deadline=deadline,
             case_seconds=case_seconds,
@@ -298,7 +301,7 @@ def main() -> None:
             device="cuda",
         )
         tables = [cases.table(done.results, wanted), cases.summary(done.results, wanted)]
-        print("", *tables, sep="\n\n", flush=True)
+        print("\n" + "\n\n".join(tables), flush=True)
         if done.dropped:
             print("\nNOT RUN, no time left:", *done.dropped, sep="\n  ", flush=True)
         failures += done.failures

@@ -202,12 +202,10 @@ def test_a_row_has_the_same_bits_on_any_number_of_multiprocessors(
 
 
 @every_norm_position
-def test_tf32(
-    norm_position: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tf32(norm_position: str, request: pytest.FixtureRequest, matmul_settings: Any) -> None:
     """Products of float32 by tensor cores, where torch allows it."""
     _needs_gpu(request, "TF32 is for CUDA tensors alone")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    matmul_settings.fp32_precision = "tf32"
     for shape in SHAPES.values():
         call = Case(**shape, options={"norm_position": norm_position, **TRAINING}).build()
         expected = call.upcast().results(reference.linear_adapter)
