@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from adapter_ext import _C
+from benchmarks import measure
 
 _COPY_BYTES = 512 * 2**20  # far larger than any cache
 _REPETITIONS = 10
@@ -35,22 +36,18 @@ class Ceilings:
         return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
 
 
-def measure() -> Ceilings:
+def cpu() -> Ceilings:
     """Measures both limits, with ``torch.get_num_threads()`` threads; takes about a second."""
-    return Ceilings(_copy_bandwidth(), _fma_rate(torch.get_num_threads()))
+    bandwidth = copy_bandwidth(measure.wall_clock, "cpu", _COPY_BYTES)
+    return Ceilings(bandwidth, _fma_rate(torch.get_num_threads()))
 
 
-def _copy_bandwidth() -> float:
-    source = torch.ones(_COPY_BYTES // 4)
+def copy_bandwidth(sampler: measure.Sampler, device: str, num_bytes: int) -> float:
+    """Bytes per second, read and written, of a copy of so many bytes on a device."""
+    source = torch.ones(num_bytes // 4, device=device)
     target = torch.zeros_like(source)
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        target.copy_(source)
-        return time.perf_counter() - start
-
-    seconds()
-    return 2 * _COPY_BYTES / min(seconds() for _ in range(_REPETITIONS))
+    sample = sampler(lambda: target.copy_(source))
+    return 2 * num_bytes / min(sample() for _ in range(_REPETITIONS))
 
 
 def _fma_rate(threads: int) -> float:

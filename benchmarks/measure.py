@@ -8,6 +8,7 @@ import importlib
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,20 +22,38 @@ _T = TypeVar("_T")
 
 MIN_SAMPLE_SECONDS = 2e-3
 
+Sampler = Callable[[Callable[[], object]], Callable[[], float]]
+"""Warms a function up; what it returns takes one sample: the seconds of one call."""
+
+
+def wall_clock(function: Callable[[], object]) -> Callable[[], float]:
+    """The sampler for the CPU: each sample is the mean of at least ``MIN_SAMPLE_SECONDS``."""
+
+    def sample(loops: int) -> float:
+        start = time.perf_counter()
+        for _ in range(loops):
+            function()
+        return (time.perf_counter() - start) / loops
+
+    loops = 1
+    while (per_call := sample(loops)) * loops < MIN_SAMPLE_SECONDS:
+        loops = max(2 * loops, min(10 * loops, int(MIN_SAMPLE_SECONDS / per_call) + 1))
+    return lambda: sample(loops)
+
 
 def interleaved_medians(
     functions: Mapping[str, Callable[[], object]],
     *,
+    sampler: Sampler = wall_clock,
     seconds: float = 0.3,
     min_samples: int = 3,
     max_samples: int = 1000,
 ) -> dict[str, float]:
     """Times functions in turn, so that a change of the machine's speed meets all of them alike.
 
-    Each sample repeats its function for at least ``MIN_SAMPLE_SECONDS``.
-
     Args:
         functions: what to time, by name.
+        sampler: how to time it.
         seconds: how long to go on, for each function.
         min_samples: samples of each function, however long they take.
         max_samples: enough samples of each function.
@@ -42,34 +61,72 @@ def interleaved_medians(
     Returns:
         The median time of one call in seconds, by name.
     """
-    loops = {name: _calibrate(function) for name, function in functions.items()}
+    take = {name: sampler(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds * len(functions)
     for count in range(max_samples):
         if count >= min_samples and time.perf_counter() > end:
             break
-        for name, function in functions.items():
-            samples[name].append(_sample(function, loops[name]))
+        for name in functions:
+            samples[name].append(take[name]())
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _sample(function: Callable[[], object], loops: int) -> float:
-    start = time.perf_counter()
-    for _ in range(loops):
-        function()
-    return (time.perf_counter() - start) / loops
+class ColdEvents:
+    """The sampler for a GPU: one call between two events, with nothing in the second-level cache.
+
+    The cache is filled by reading a buffer of twice its size: after writing one, the call would
+    wait for that to be written back. Reading it gives the host some tens of microseconds to queue
+    the call; a call that takes the host longer is timed with the gaps between its kernels.
+    """
+
+    WARM_UPS = 3
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties().L2_cache_size
+        self._buffer = torch.zeros(2 * size // 4, dtype=torch.int32, device="cuda")
+
+    def __call__(self, function: Callable[[], object]) -> Callable[[], float]:
+        """Warms the function up."""
+        start, end = _event(), _event()
+        for _ in range(self.WARM_UPS):
+            function()
+
+        def sample() -> float:
+            self._buffer.amax()
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) * 1e-3  # from milliseconds
+
+        return sample
 
 
-def _calibrate(function: Callable[[], object]) -> int:
-    """Finds how many calls make a sample, and warms up by that."""
-    loops = 1
-    while (per_call := _sample(function, loops)) * loops < MIN_SAMPLE_SECONDS:
-        loops = max(2 * loops, min(10 * loops, int(MIN_SAMPLE_SECONDS / per_call) + 1))
-    return loops
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def replayed(function: Callable[[], _T]) -> Callable[[], _T]:
+    """The function's kernels as a CUDA graph; each call replays it and gives the same tensors."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # what is done once, such as loading kernels, cannot be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> _T:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to know about where numbers come from."""
+    """What a reader needs to know about the machine that numbers come from, but for its GPU."""
     return {
         "cpu": _cpu_model(),
         "cpu_capability": _C.cpu_capability(),
@@ -81,6 +138,34 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def gpu() -> dict[str, Any]:
+    """The same of the GPU; sizes in bytes, clocks in MHz, power in W."""
+    properties = torch.cuda.get_device_properties()
+    facts: dict[str, Any] = {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "l2_cache": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cuda_compiler": _C.cuda_compiler,
+        "cuda_archs": _C.cuda_archs,
+    }
+    # What torch does not know.
+    names = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"]
+    command = ["nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(names)}"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        line = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=20.0,
+        ).stdout
+        facts.update(zip(names, (value.strip() for value in line.split(",")), strict=False))
+    return facts
 
 
 def _cpu_model() -> str:

@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from benchmarks import cpu, measure, peers
+from benchmarks import cases, measure, peers
 
 LIMITS = {"forward": 1.0, "forward+backward": 1.2}
 
@@ -18,7 +18,7 @@ LIMITS = {"forward": 1.0, "forward+backward": 1.2}
 def main() -> None:
     """Prints both ratios; exits with 1 where ``--check`` is given and one is above its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
-    parser.add_argument("--dtype", choices=list(cpu.DTYPES), default="fp32")
+    parser.add_argument("--dtype", choices=list(cases.DTYPES), default="fp32")
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--bottleneck", type=int, default=64)
     parser.add_argument("--rows", type=int, default=1)
@@ -27,12 +27,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     problem = peers.make_problem(
-        options.rows, options.hidden_size, options.bottleneck, 1, cpu.DTYPES[options.dtype]
+        options.rows, options.hidden_size, options.bottleneck, 1, cases.DTYPES[options.dtype]
     )
     implementations = {"ours": peers.unrouted(problem), "eager": peers.loop(problem)}
     rows, above = [], False
     for mode, limit in LIMITS.items():
-        steps = {name: cpu.step(mode, make, problem) for name, make in implementations.items()}
+        steps = {name: cases.step(mode, make, problem) for name, make in implementations.items()}
         # The heap's first pages cost a page fault each, tens of microseconds on a virtual machine.
         measure.interleaved_medians(steps, seconds=options.seconds)
         seconds = measure.interleaved_medians(steps, seconds=options.seconds)

@@ -63,13 +63,21 @@ Forward = Callable[[], Tensor]
 
 
 def make_problem(
-    rows: int, hidden_size: int, bottleneck: int, adapters: int, dtype: torch.dtype
+    rows: int,
+    hidden_size: int,
+    bottleneck: int,
+    adapters: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
 ) -> Problem:
     """A random batch whose rows are spread evenly over the adapters, in random order."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale + shift).to(dtype)
+        normal = torch.randn(shape, generator=generator, device=device)
+        return (normal * scale + shift).to(dtype)
+
+    order = torch.randperm(rows, generator=generator, device=device)
 
     stacked = (
         randn(adapters, hidden_size, scale=0.1, shift=1.0),
@@ -82,7 +90,7 @@ def make_problem(
         dy=randn(rows, hidden_size),
         weights=AdapterWeights(*([w.clone() for w in field.unbind()] for field in stacked)),
         stacked=stacked,
-        ids=(torch.arange(rows) % adapters)[torch.randperm(rows, generator=generator)],
+        ids=order % adapters,
     )
     for tensor in (*problem.inputs(), *problem.stacked):
         tensor.requires_grad_()
@@ -112,7 +120,7 @@ def _sorted_rows(ids: Tensor, adapters: int) -> tuple[Tensor, list[int], Tensor]
     """The rows sorted by adapter, how many each has, and where each row went."""
     order = ids.argsort(stable=True)
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel())
+    inverse[order] = torch.arange(order.numel(), device=ids.device)
     return order, ids.bincount(minlength=adapters).tolist(), inverse
 
 
@@ -154,10 +162,12 @@ def bmm(problem: Problem) -> Forward:
     adapters = len(down)
     order, counts, inverse = _sorted_rows(problem.ids, adapters)
     longest = max(counts)
-    first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
+    lengths = torch.tensor(counts, device=x.device)
+    first = lengths.cumsum(0) - lengths
     sorted_ids = problem.ids[order]
-    slot = sorted_ids * longest + torch.arange(order.numel()) - first[sorted_ids]
-    padded = torch.zeros(adapters * longest, dtype=torch.int64)
+    position = torch.arange(order.numel(), device=x.device)
+    slot = sorted_ids * longest + position - first[sorted_ids]
+    padded = torch.zeros(adapters * longest, dtype=torch.int64, device=x.device)
     padded[slot] = order
     back = slot[inverse]
 
@@ -169,3 +179,12 @@ def bmm(problem: Problem) -> Forward:
         return torch.baddbmm(rows, z, up.mT).flatten(0, 1).index_select(0, back)
 
     return forward
+
+
+MAKERS: dict[str, Callable[[Problem], Forward]] = {
+    "ours": ours,
+    "eager": loop,
+    "compile": compiled,
+    "bmm": bmm,
+}
+"""What makes an implementation's forward, by the name it has in tables."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -31,6 +32,16 @@ def set_num_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def matmul_settings() -> Iterator[Any]:
+    """The settings for products on CUDA, undone at the end of the test."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    yield settings
+    torch.set_float32_matmul_precision("highest")  # of the older settings
+    settings.fp32_precision = before
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""What the op tests share: descriptions of calls, their results, and how results are compared."""
+"""What the op tests share: descriptions of calls, their results, and how results are compared.
+
+Tensors are made on torch's default device, from numbers drawn on the CPU: the same ones everywhere.
+The reference runs on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +35,15 @@ TENSOR_CORE_FACTOR = 3.0
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
-# Whether the ops run as on CUDA; tests of the CUDA kernels set it.
+# Whether the CUDA kernels run the ops; --backend and tests of the CUDA kernels set it.
 tensor_cores = False
 
 Results = dict[str, Tensor]
+
+
+def on_default_device(tensor: Tensor) -> Tensor:
+    """The tensor where torch makes new ones."""
+    return tensor.to(torch.get_default_device())
 
 
 def make_weights(
@@ -48,7 +57,9 @@ def make_weights(
     """Random weights, scaled so that activations stay of order one; none of them is zero."""
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
+        return on_default_device(
+            torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
+        )
 
     lists = AdapterWeights(
         norm_weight=[1.0 + 0.3 * randn(hidden_size) for _ in bottlenecks],
@@ -103,7 +114,8 @@ def make_ids(
     """Routing ids of a kind for an x of these leading dimensions."""
 
     def random(low: int, high: int, shape: Sequence[int]) -> Tensor:
-        return torch.randint(low, high, tuple(shape), generator=generator)
+        ids = torch.randint(low, high, tuple(shape), generator=generator, device="cpu")
+        return on_default_device(ids)
 
     rows = tuple(leading)
     match kind:
@@ -191,17 +203,22 @@ class Call:
         return {"y": y.detach(), "aux": aux.detach(), **named}
 
     def upcast(self) -> Call:
-        """The same call on the same values in float64."""
+        """The same call on the same values in float64, on the CPU."""
 
         def double(t: Tensor) -> Tensor:
-            return t.detach().double().requires_grad_(t.requires_grad)
+            return t.detach().cpu().double().requires_grad_(t.requires_grad)
+
+        def on_cpu(option: Any) -> Any:
+            return option.cpu() if isinstance(option, Tensor) else option
 
         return dataclasses.replace(
             self,
             x=double(self.x),
             weights=map_weights(double, self.weights),
-            dy=self.dy.double(),
-            daux=self.daux.double(),
+            routing=None if self.routing is None else Routing(*map(on_cpu, self.routing)),
+            options={name: on_cpu(option) for name, option in self.options.items()},
+            dy=double(self.dy),
+            daux=double(self.daux),
         )
 
 
@@ -231,7 +248,10 @@ class Case:
         generator = torch.Generator().manual_seed(zlib.crc32(str(self).encode()))
 
         def randn(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-            return torch.randn(tuple(shape), dtype=torch.float64, generator=generator).to(dtype)
+            normal = torch.randn(
+                tuple(shape), dtype=torch.float64, generator=generator, device="cpu"
+            )
+            return on_default_device(normal.to(dtype))
 
         *leading, hidden_size = self.shape
         weights = make_weights(
@@ -251,7 +271,8 @@ class Case:
         # through eps alone: with a small one, gradients are differences of nearly equal numbers.
         options.setdefault("eps", 0.05)
         if options.get("training"):
-            options.setdefault("seed", torch.randint(2**63 - 1, (), generator=generator))
+            seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu")
+            options.setdefault("seed", on_default_device(seed))
         call = Call(
             x=x,
             weights=weights,
@@ -272,11 +293,12 @@ def tolerance(*dtypes: torch.dtype | None) -> tuple[float, float]:
 
 def excess(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> float:
     """The largest error in units of what is allowed; infinite where it is NaN."""
+    actual = actual.to(expected)  # its device and dtype
     if expected.numel() == 0:
         return 0.0
     magnitude = expected.abs()
     allowed = rtol * magnitude + atol * magnitude.max().clamp(min=1.0)
-    error = (actual.double() - expected).abs()
+    error = (actual - expected).abs()
     ratio = torch.where(error == 0.0, 0.0, error / allowed)
     return float(ratio.nan_to_num(nan=torch.inf).max())
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels, run by a host stand-in for CUDA (tests/simt), against the reference.
+"""The CUDA kernels against the reference, run by a host stand-in for CUDA (tests/simt) or by a GPU.
 
 All op tests run on them with ``pytest --backend simt`` (or ``simt-race``, ``simt-sanitize``,
-``ptxsim``); here is a table that reaches every kernel for every type.
+``ptxsim``, ``cuda``); here is a table that reaches every kernel for every type.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any
 import op_testing
 import pytest
 import torch
-from op_testing import ROUTINGS, Case, check
+from op_testing import ROUTINGS, Case, assert_results_close, check
 from simt import build, plugin
 
 import adapter_ext
 from adapter_ext import ops, reference
-
-pytestmark = pytest.mark.skipif(build.missing("plain") is not None, reason="g++ is missing")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRAINING: dict[str, Any] = {
@@ -39,16 +37,44 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def _backend(request: pytest.FixtureRequest) -> str:
-    backend: str = request.config.getoption("--backend")
-    return "simt" if backend == "native" else backend
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_norm_position = pytest.mark.parametrize("norm_position", ["pre", "post"])
 
 
-@pytest.fixture(params=[(4, 0), (1, 1)], ids=["busy", "idle"])
-def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The ops run on the simulator. With few multiprocessors tiles are enough to fill them."""
-    multiprocessors, seed = request.param
-    simulator = plugin.Simulator(_backend(request), seed, "ascending", multiprocessors)
+def _on_gpu(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--backend") == "cuda")
+
+
+def _needs_gpu(request: pytest.FixtureRequest, reason: str) -> None:
+    if not _on_gpu(request):
+        pytest.skip(reason)
+
+
+def _simulator(request: pytest.FixtureRequest, seed: int, multiprocessors: int) -> plugin.Simulator:
+    """The simulator that --backend names; skips the test where there is none."""
+    if _on_gpu(request):
+        pytest.skip("chooses the number of multiprocessors, of which a GPU has as many as it has")
+    if build.missing("plain") is not None:
+        pytest.skip("g++ is missing")
+    backend = request.config.getoption("--backend")
+    return plugin.Simulator(
+        "simt" if backend == "native" else backend, seed, "ascending", multiprocessors
+    )
+
+
+@pytest.fixture(params=["busy", "idle"])
+def multiprocessors(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[int]:
+    """The ops run on the simulator, or on the GPU; how many multiprocessors that has.
+
+    With few of them, small problems have tiles enough to fill them.
+    """
+    if _on_gpu(request) and request.param == "busy":
+        yield torch.cuda.get_device_properties().multi_processor_count
+        return
+    count, seed = (4, 0) if request.param == "busy" else (1, 1)
+    simulator = _simulator(request, seed, count)
     simulated: Any = torch.ops.adapter_ext_simt
     for name, op in (
         ("_inference", simulated.linear_adapter),
@@ -58,26 +84,55 @@ def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     ):
         monkeypatch.setattr(ops, name, op.default)
     monkeypatch.setattr(op_testing, "tensor_cores", True)
-    yield
+    yield count
     errors = simulator.errors()
     simulator.clear()
     assert errors is None
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("multiprocessors")
 class TestKernels:
     @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("norm_position", ["pre", "post"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @every_norm_position
+    @every_dtype
     def test_training(self, dtype: torch.dtype, norm_position: str, shape: str) -> None:
         check(
             Case(**SHAPES[shape], dtype=dtype, options={"norm_position": norm_position, **TRAINING})
         )
 
-    @pytest.mark.parametrize("norm_position", ["pre", "post"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @every_norm_position
+    @every_dtype
     def test_plain(self, dtype: torch.dtype, norm_position: str) -> None:
         check(Case(**SHAPES["aligned"], dtype=dtype, options={"norm_position": norm_position}))
+
+    @every_norm_position
+    @every_dtype
+    def test_large_tiles(
+        self, dtype: torch.dtype, norm_position: str, multiprocessors: int
+    ) -> None:
+        """Rows enough for a tile of 64 on each multiprocessor."""
+        options = {"norm_position": norm_position, **TRAINING}
+        shape = (75 * multiprocessors, 80)
+        check(Case(shape=shape, bottlenecks=(16,), routing="one", dtype=dtype, options=options))
+
+    @every_norm_position
+    @every_dtype
+    def test_a_row_has_the_same_bits_in_every_batch(
+        self, dtype: torch.dtype, norm_position: str, multiprocessors: int
+    ) -> None:
+        """Alone, among few others (decode, tiles of 16 rows) and among many (tiles of 64)."""
+        call = Case(
+            shape=(75 * multiprocessors, 300),
+            bottlenecks=(20,),
+            routing="none",
+            dtype=dtype,
+            options={"norm_position": norm_position},
+        ).build()
+        with torch.no_grad():
+            y = call.forward()[0]
+            for rows in (1, 70):
+                some = dataclasses.replace(call, x=call.x[:rows]).forward()[0]
+                assert torch.equal(some, y[:rows]), rows
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_routing(self, routing: str) -> None:
@@ -93,12 +148,12 @@ class TestKernels:
     def test_stochastic_depth_mode(self, mode: str) -> None:
         check(Case(shape=(9, 4, 20), options={**TRAINING, "stochastic_depth_mode": mode}))
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @every_dtype
     def test_float32_weights(self, dtype: torch.dtype) -> None:
         check(Case(**SHAPES["few"], dtype=dtype, weight_dtype=torch.float32))
 
     @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @every_dtype
     def test_compute_dtype(self, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
         check(Case(**SHAPES["few"], dtype=dtype, options={"compute_dtype": compute_dtype}))
 
@@ -120,11 +175,10 @@ class TestKernels:
         assert torch.equal(routing.offsets, expected.offsets)
 
 
-def test_a_row_has_the_same_bits_in_every_batch(
+def test_a_row_has_the_same_bits_on_any_number_of_multiprocessors(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decode kernels, whole tiles of 16 rows and of 64 agree, and so do rows in other company."""
-    simulated: Any = torch.ops.adapter_ext_simt
+    """Decode kernels, whole tiles of 16 rows and of 64 agree."""
     for dtype in DTYPES:
         for norm_position in ("pre", "post"):
             case = Case(
@@ -136,7 +190,8 @@ def test_a_row_has_the_same_bits_in_every_batch(
             call = case.build()
             outputs = []
             for multiprocessors, rows in ((100, 70), (4, 70), (1, 70), (100, 1)):
-                simulator = plugin.Simulator(_backend(request), 0, "ascending", multiprocessors)
+                simulator = _simulator(request, 0, multiprocessors)
+                simulated: Any = torch.ops.adapter_ext_simt
                 monkeypatch.setattr(ops, "_inference", simulated.linear_adapter.default)
                 with torch.no_grad():
                     some = dataclasses.replace(call, x=call.x[:rows], routing=None)
@@ -144,3 +199,32 @@ def test_a_row_has_the_same_bits_in_every_batch(
                 assert simulator.errors() is None
             for other in outputs[1:]:
                 assert torch.equal(outputs[0][: len(other)], other), (dtype, norm_position)
+
+
+@every_norm_position
+def test_tf32(norm_position: str, request: pytest.FixtureRequest, matmul_settings: Any) -> None:
+    """Products of float32 by tensor cores, where torch allows it."""
+    _needs_gpu(request, "TF32 is for CUDA tensors alone")
+    matmul_settings.fp32_precision = "tf32"
+    for shape in SHAPES.values():
+        call = Case(**shape, options={"norm_position": norm_position, **TRAINING}).build()
+        expected = call.upcast().results(reference.linear_adapter)
+        # TF32 has as many significant bits as float16.
+        assert_results_close(call.results(), expected, torch.float16)
+
+
+@pytest.mark.parametrize("adapters", [1, 3, 40])
+def test_cuda_graph(adapters: int, request: pytest.FixtureRequest) -> None:
+    """A captured forward and backward run on what their inputs hold when they are replayed."""
+    _needs_gpu(request, "there is no GPU")
+    call = Case(shape=(50, 24), bottlenecks=(4,) * adapters, options=TRAINING).build()
+    call.results()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call.results()
+    with torch.no_grad():
+        call.x.add_(1.0)
+    graph.replay()
+    expected = call.results()
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name

@@ -200,16 +200,6 @@ def test_tf32_is_for_cuda_alone() -> None:
         native.linear_adapter(*arguments)
 
 
-@pytest.fixture
-def matmul_settings() -> Iterator[Any]:
-    """The settings for products on CUDA, undone at the end of the test."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    yield settings
-    torch.set_float32_matmul_precision("highest")  # of the older settings
-    settings.fp32_precision = before
-
-
 SETTINGS: dict[str, tuple[Callable[[Any], None], bool]] = {
     "default": (lambda settings: None, False),
     "tf32": (lambda settings: setattr(settings, "fp32_precision", "tf32"), True),

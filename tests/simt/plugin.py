@@ -1,4 +1,4 @@
-"""The pytest option ``--backend``: op tests on CUDA kernels that a simulator runs."""
+"""The pytest option ``--backend``: op tests on the CUDA kernels, run by a GPU or by a simulator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from simt import build
 
-from adapter_ext import ops
+from adapter_ext import _library, doctor, ops
 
 FLAVOURS: dict[str, build.Flavour] = {
     "simt": "plain",
@@ -64,10 +64,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("adapter_ext")
     group.addoption(
         "--backend",
-        choices=["native", *FLAVOURS],
+        choices=["native", "cuda", *FLAVOURS],
         default="native",
-        help="what runs the ops of CPU tensors: the CPU kernels, or the CUDA kernels in a "
-        "simulator (simt-race finds races, simt-sanitize needs LD_PRELOAD of libasan)",
+        help="what runs the ops: the CPU kernels, the CUDA kernels on a GPU, or those on CPU "
+        "tensors in a simulator (simt-race finds races, simt-sanitize needs LD_PRELOAD of libasan)",
     )
     group.addoption("--simt-seed", type=int, default=0, help="0: warps and lanes in order")
     group.addoption("--simt-block-order", choices=list(BLOCK_ORDERS), default="ascending")
@@ -76,6 +76,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     backend = config.getoption("--backend")
     if backend == "native":
+        return
+    if backend == "cuda":
+        if not torch.cuda.is_available() or _library.CUDA_LIBRARY is None:
+            raise pytest.UsageError(
+                f"--backend cuda: CUDA devices: {doctor.cuda_devices()}; "
+                f"CUDA library: {doctor.cuda_library()}"
+            )
+        torch.set_default_device("cuda")
+        op_testing.tensor_cores = True
         return
     simulator = Simulator(
         backend, config.getoption("--simt-seed"), config.getoption("--simt-block-order")
@@ -99,6 +108,18 @@ def _no_simulator_errors(request: pytest.FixtureRequest) -> Iterator[None]:
     simulator.clear()
     if errors:
         pytest.fail(errors, pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels fail after their launch: the test that launched them is the one to blame."""
+    yield
+    if request.config.getoption("--backend") != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:  # after which nothing runs on the GPU in this process
+        pytest.exit(f"{request.node.nodeid}: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
 
 
 _SIMULATOR = pytest.StashKey[Simulator]()
