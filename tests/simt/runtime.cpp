@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -88,6 +90,7 @@ struct Settings {
   uint64_t seed = 0;
   int block_order = kAscending;
   Limits limits{4, 99 * 1024};
+  bool records = false;  // launches are written down instead of run
 };
 
 struct Failure {
@@ -101,6 +104,7 @@ std::mutex launch_mutex;
 Settings settings;
 uint64_t launch_count = 0, error_count = 0;
 std::string last_error;
+std::string recorded;  // see simt_recorded()
 
 const Launch* launch = nullptr;
 Thread threads[Stacks::kMost];
@@ -489,6 +493,16 @@ void load_rows(void* const* operands) {
   }
 }
 
+void record_launch() {
+  const void* kernel = *static_cast<const void* const*>(launch->kernel);
+  Dl_info info{};
+  if (!dladdr(kernel, &info)) return record(nullptr, "record", "an unknown kernel", nullptr);
+  const ptrdiff_t offset =
+      static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
+  recorded += std::to_string(offset) + " " + std::to_string(launch->threads) + " " +
+              std::to_string(launch->shared_bytes) + "\n";
+}
+
 }  // namespace
 
 void run(const Launch& started) {
@@ -502,7 +516,7 @@ void run(const Launch& started) {
   blockDim = dim3(static_cast<unsigned>(started.threads));
   gridDim = started.grid;
   check_launch();
-  if (!failure) run_blocks();
+  if (!failure) settings.records ? record_launch() : run_blocks();
   launch = nullptr;
   if (!failure) return;
   std::string text = "simt: " + failure->text;
@@ -620,10 +634,16 @@ SIMT_API void simt_configure(uint64_t seed, int block_order, int multiprocessors
                              int shared_bytes) {
   simt::settings = {seed, block_order, {multiprocessors, shared_bytes}};
 }
+// From here to the next simt_configure() launches are written down, and not run.
+SIMT_API void simt_record() { simt::settings.records = true; }
+// A line for each of them since simt_clear(): where the kernel lies in the library, in bytes; the
+// threads of a block; its shared memory in bytes.
+SIMT_API const char* simt_recorded() { return simt::recorded.c_str(); }
 SIMT_API uint64_t simt_error_count() { return simt::error_count; }
 SIMT_API uint64_t simt_launch_count() { return simt::launch_count; }
 SIMT_API const char* simt_last_error() { return simt::last_error.c_str(); }
 SIMT_API void simt_clear() {
   simt::error_count = simt::launch_count = 0;
   simt::last_error.clear();
+  simt::recorded.clear();
 }
