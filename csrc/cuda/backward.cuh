@@ -971,9 +971,8 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
   const auto add_tile = [&](int64_t offset, int64_t pitch, int64_t tile_rows, int64_t columns) {
     for (int i = thread; i < kBlock * kBlock; i += LargeTile::kThreads) {
       const int row = i / kBlock, column = i % kBlock;
-      if (row < tile_rows && column < columns) {
-        total[row * kSumPitch<C> + column] = add(offset + row * pitch + column);
-      }
+      const bool there = row < tile_rows && column < columns;
+      total[row * kSumPitch<C> + column] = there ? add(offset + row * pitch + column) : C(0);
     }
   };
   for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
@@ -1022,7 +1021,7 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
     const int64_t own =
         rows * (2 * kStepPitch<P> * sizeof(T) + (kBlock + kStep<P>)*sizeof(X) + 2 * sizeof(C)) +
         2 * kStep<P> * kBlockPitch<P> * sizeof(T) + 8 * 128;
-    layout.rows = shared_layout<X, P, S>(b, call.limits.shared_memory - own, false);
+    layout.rows = shared_layout<X, P, S>(b, call.limits.shared_memory - own);
     room = SharedRoom(layout.rows.bytes);
   } else {
     take_rows<C>(layout.rows, room, rows);
