@@ -326,12 +326,17 @@ class ForwardTile : public RowTile<X, P, S> {
     C penalty[Own::kCount] = {};
     up.start(first_block, blocks);
     for (int64_t block = first_block; block < first_block + blocks; ++block) {
+      const Own own;
+      const int64_t column = block * kBlock + own.column(), left = width - column;
+      C from[Own::kCount][kVector<X>];
+#pragma unroll
+      for (int v = 0; v < Own::kCount; ++v) {
+        load(from[v], x(own.row(v), column), own.row(v) < count ? left : 0, x_aligned);
+      }
       Sums product;
       up.next(product);
       product.template store<Space::kShared>(this->sums(), kSumPitch<C>);
       __syncthreads();
-      const Own own;
-      const int64_t column = block * kBlock + own.column(), left = width - column;
       const C scale = static_cast<C>(params.depth.kept_scale);
 #pragma unroll
       for (int v = 0; v < Own::kCount; ++v) {
@@ -339,9 +344,8 @@ class ForwardTile : public RowTile<X, P, S> {
         const bool there = i < count && left > 0;
         C squares = 0;
         if (there) {
-          C d[kVector<X>], from[kVector<X>];
+          C d[kVector<X>];
           load_sums(d, this->sums() + i * kSumPitch<C> + own.column());
-          load(from, x(i, column), left, x_aligned);
           if (!pre) {
             C weight[kVector<X>], bias[kVector<X>];
             this->load_norm(weight, bias, column);
@@ -358,7 +362,7 @@ class ForwardTile : public RowTile<X, P, S> {
           for (int e = 0; e < kVector<X>; ++e) {
             d[e] = is_active ? d[e] * scale : C(0);
             if (e < left) squares += d[e] * d[e];
-            if (f.residual) d[e] += from[e];
+            if (f.residual) d[e] += from[v][e];
           }
           store(static_cast<X*>(f.y) + at * width + column, d, left, y_aligned);
         }
@@ -682,7 +686,11 @@ void Forward<X, P>::run(const ForwardCall& call) {
     params.splits = std::clamp<int64_t>(wanted, 1, chunks);
     launch_with("linear_adapter's first product", &forward_down_kernel<X, P>,
                 params.parts.blocks * params.splits);
-    params.splits = std::clamp<int64_t>(wanted, 1, column_blocks);
+    // Each of them reads all sums of the first product, so that more than one for a multiprocessor
+    // pay only where a tile has few rows.
+    const int64_t tile_rows = (f.rows + tiles - 1) / std::max<int64_t>(tiles, 1);
+    const int64_t most = std::max<int64_t>(wanted / 4, 128 / std::max<int64_t>(tile_rows, 1));
+    params.splits = std::clamp<int64_t>(std::min(wanted, most), 1, column_blocks);
     if (f.norm_position == NormPosition::kPost) {
       params.statistics = true;
       launch_with("linear_adapter's statistics", &forward_up_kernel<X, P>,
