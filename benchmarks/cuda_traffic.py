@@ -11,6 +11,7 @@ inference on few rows.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import itertools
 import json
@@ -37,7 +38,7 @@ SECTOR_BYTES = 32
 ROWS = 8448  # tiles of 64 rows for each of the simulated device's 132 multiprocessors
 TOLERANCE = 1.05  # a count may be so many times worse than the table says
 SIMULATOR = {
-    "PTXSIM_L2_MB": "4",
+    "PTXSIM_L2_MB": "12",
     # Races are looked for by the tests; without that the simulator is several times as fast.
     "PTXSIM_RACE": "0",
     "PTXSIM_SHRACE": "0",
@@ -77,6 +78,8 @@ def load_kernels() -> Any:
     """The ops of ``torch.ops.adapter_ext`` for CPU tensors, by the kernels in the simulator."""
     sys.path.append(str(ROOT / "tests"))
     build = importlib.import_module("simt.build")
+    in_turns = build.link([build.FOLDER / "in_turns.cpp"], "ptxsim")
+    ctypes.CDLL(str(in_turns), mode=ctypes.RTLD_GLOBAL)
     torch.ops.load_library(str(build.library("ptxsim")))  # type: ignore[no-untyped-call]
     return torch.ops.adapter_ext_simt
 
