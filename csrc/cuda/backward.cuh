@@ -853,6 +853,7 @@ __global__ __launch_bounds__(
                                                  kBlockPitch<P>, step_depth<P>(r, piece));
         }
       }
+      __syncthreads();  // the sums may have the place of operands
       product.template store<Space::kShared>(tile.sums(), kSumPitch<C>);
       __syncthreads();
       const Own own;
@@ -1091,23 +1092,27 @@ void Backward<X, P>::run(const BackwardCall& call) {
   using S = ColumnTile<X, P>;
   constexpr int64_t rows = S::kRows;
   SharedRoom room;
-  take_rows<C>(layout.rows, room, 2 * rows);
+  take_rows<C>(layout.rows, room, rows, 2);
   layout.row_mean = room.take<C>(rows);
   layout.row_product = room.take<C>(rows);
-  layout.hidden_sum = room.take<C>(S::kThreads);
   if (b.norm_position == NormPosition::kPost) {
     layout.vector_sums = room.take<C>(VectorSums<X, C, S::kWarps>::kSize);
   }
   layout.x_part = room.take<X>(rows * kBlock);
   layout.gradient_part = room.take<X>(rows * kBlock);
-  layout.rows.sums = room.take<C>(rows * kSumPitch<C>);
-  // Operands; afterwards their place holds a tile of sums.
+  if (wants_out(b)) layout.rows.sums = room.take<C>(rows * kSumPitch<C>);
+  // Operands; afterwards their place holds a tile of sums, and Σ dh of each thread.
   SharedRoom total = room;
   layout.total = total.take<C>(kBlock * kSumPitch<C>);
+  layout.hidden_sum = total.take<C>(S::kThreads);
   layout.hidden_gradient = room.take<T>(rows * kBlockPitch<P>);
   layout.rows.activated = room.take<T>(rows * kBlockPitch<P>);
   layout.x = room.take<T>(rows * kBlockPitch<P>);
   layout.gradient = room.take<T>(rows * kBlockPitch<P>);
+  // Unless that is wanted before x and du are there, dn has their place when they have been
+  // multiplied.
+  static_assert(rows * kSumPitch<C> * sizeof(C) <= 2 * rows * kBlockPitch<P> * sizeof(T));
+  if (!wants_out(b)) layout.rows.sums = layout.x;
   room = SharedRoom(std::max(room.bytes(), total.bytes()));
   layout.rows.activated_resident = params.padded <= kBlock;
   layout.rows.activated_pitch =

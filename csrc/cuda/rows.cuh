@@ -40,14 +40,14 @@ class SharedRoom {
   int64_t bytes_;
 };
 
-// What every kernel with a tile of rows needs.
+// What every kernel with a tile of rows needs; `tiles`: of how many it knows the rows.
 template <class C>
-void take_rows(SharedLayout& layout, SharedRoom& room, int64_t rows) {
+void take_rows(SharedLayout& layout, SharedRoom& room, int64_t rows, int64_t tiles = 1) {
   layout.adapter = room.take<Adapter>(1);
-  layout.row = room.take<int64_t>(rows);
+  layout.row = room.take<int64_t>(tiles * rows);
   layout.mean = room.take<C>(rows);
   layout.rstd = room.take<C>(rows);
-  layout.active = room.take<int>(rows);
+  layout.active = room.take<int>(tiles * rows);
 }
 
 // Buffers of both products, within the limit.
