@@ -853,6 +853,7 @@ __global__ __launch_bounds__(
                                                  kBlockPitch<P>, step_depth<P>(r, piece));
         }
       }
+      __syncthreads();  // the sums may have the place of operands
       product.template store<Space::kShared>(tile.sums(), kSumPitch<C>);
       __syncthreads();
       const Own own;
@@ -971,9 +972,8 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
   const auto add_tile = [&](int64_t offset, int64_t pitch, int64_t tile_rows, int64_t columns) {
     for (int i = thread; i < kBlock * kBlock; i += LargeTile::kThreads) {
       const int row = i / kBlock, column = i % kBlock;
-      if (row < tile_rows && column < columns) {
-        total[row * kSumPitch<C> + column] = add(offset + row * pitch + column);
-      }
+      const bool there = row < tile_rows && column < columns;
+      total[row * kSumPitch<C> + column] = there ? add(offset + row * pitch + column) : C(0);
     }
   };
   for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
@@ -1022,7 +1022,7 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
     const int64_t own =
         rows * (2 * kStepPitch<P> * sizeof(T) + (kBlock + kStep<P>)*sizeof(X) + 2 * sizeof(C)) +
         2 * kStep<P> * kBlockPitch<P> * sizeof(T) + 8 * 128;
-    layout.rows = shared_layout<X, P, S>(b, call.limits.shared_memory - own, false);
+    layout.rows = shared_layout<X, P, S>(b, call.limits.shared_memory - own);
     room = SharedRoom(layout.rows.bytes);
   } else {
     take_rows<C>(layout.rows, room, rows);
@@ -1092,23 +1092,27 @@ void Backward<X, P>::run(const BackwardCall& call) {
   using S = ColumnTile<X, P>;
   constexpr int64_t rows = S::kRows;
   SharedRoom room;
-  take_rows<C>(layout.rows, room, 2 * rows);
+  take_rows<C>(layout.rows, room, rows, 2);
   layout.row_mean = room.take<C>(rows);
   layout.row_product = room.take<C>(rows);
-  layout.hidden_sum = room.take<C>(S::kThreads);
   if (b.norm_position == NormPosition::kPost) {
     layout.vector_sums = room.take<C>(VectorSums<X, C, S::kWarps>::kSize);
   }
   layout.x_part = room.take<X>(rows * kBlock);
   layout.gradient_part = room.take<X>(rows * kBlock);
-  layout.rows.sums = room.take<C>(rows * kSumPitch<C>);
-  // Operands; afterwards their place holds a tile of sums.
+  if (wants_out(b)) layout.rows.sums = room.take<C>(rows * kSumPitch<C>);
+  // Operands; afterwards their place holds a tile of sums, and Σ dh of each thread.
   SharedRoom total = room;
   layout.total = total.take<C>(kBlock * kSumPitch<C>);
+  layout.hidden_sum = total.take<C>(S::kThreads);
   layout.hidden_gradient = room.take<T>(rows * kBlockPitch<P>);
   layout.rows.activated = room.take<T>(rows * kBlockPitch<P>);
   layout.x = room.take<T>(rows * kBlockPitch<P>);
   layout.gradient = room.take<T>(rows * kBlockPitch<P>);
+  // Unless that is wanted before x and du are there, dn has their place when they have been
+  // multiplied.
+  static_assert(rows * kSumPitch<C> * sizeof(C) <= 2 * rows * kBlockPitch<P> * sizeof(T));
+  if (!wants_out(b)) layout.rows.sums = layout.x;
   room = SharedRoom(std::max(room.bytes(), total.bytes()));
   layout.rows.activated_resident = params.padded <= kBlock;
   layout.rows.activated_pitch =

@@ -49,6 +49,10 @@ __device__ __forceinline__ void require(bool holds) {
   if (!holds) __trap();
 }
 
+// A quotient of positive numbers: of floats, one that may be two units in the last place away.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double quotient(double a, double b) { return a / b; }
+
 // Starts a copy of 16 bytes to shared memory, both ends aligned; bytes from `count` on become zero,
 // and are not read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int count) {

@@ -37,9 +37,34 @@ struct Moments {
   __device__ __forceinline__ void add(const Moments& other) {
     if (other.count == C(0)) return;
     const C total = count + other.count, delta = other.mean - mean;
-    mean += delta * (other.count / total);
-    squares += other.squares + delta * delta * (count * other.count / total);
+    const C share = quotient(other.count, total);
+    mean += delta * share;
+    squares += other.squares + delta * delta * (count * share);
     count = total;
+  }
+  // Adds n values, of which some are there.
+  template <int n>
+  __device__ __forceinline__ void add(const C (&values)[n], int64_t there) {
+    if (there <= 0) return;
+    Moments other{C(0), C(0), static_cast<C>(there < n ? there : n)};
+#pragma unroll
+    for (int e = 0; e < n; ++e) other.mean += e < there ? values[e] : C(0);
+    other.mean = there < n ? quotient(other.mean, other.count) : other.mean * (C(1) / n);
+#pragma unroll
+    for (int e = 0; e < n; ++e) {
+      const C deviation = values[e] - other.mean;
+      other.squares += e < there ? deviation * deviation : C(0);
+    }
+    add(other);
+  }
+  // Adds those of the lanes of a warp, the same in all of them.
+  __device__ __forceinline__ void add_lanes() {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      add({__shfl_xor_sync(0xffffffffu, mean, distance),
+           __shfl_xor_sync(0xffffffffu, squares, distance),
+           __shfl_xor_sync(0xffffffffu, count, distance)});
+    }
   }
 };
 
@@ -78,54 +103,66 @@ class ForwardTile : public RowTile<X, P, S> {
         y_aligned(is_aligned(f.y, width * static_cast<int64_t>(sizeof(X)))),
         column_blocks((width + kBlock - 1) / kBlock) {}
 
-  // A row of x, in shared memory once it is there.
-  __device__ __forceinline__ const X* x(int i) const {
-    if (layout.x_resident) return shared_at<X>(layout.x) + i * width;
-    return static_cast<const X*>(f.x) + row()[i] * width;
+  // A row of x from a column on, up to the end of a block of columns: in shared memory once it is
+  // there.
+  __device__ __forceinline__ const X* x(int i, int64_t column) const {
+    if (column < layout.x_columns) return shared_at<X>(layout.x) + i * layout.x_columns + column;
+    return static_cast<const X*>(f.x) + row()[i] * width + column;
   }
 
-  // Brings the rows of x into shared memory, where it has room. Call after a barrier, and have one
+  // Brings the columns of x that have room to shared memory. Call after a barrier, and have one
   // before they are read.
   __device__ __forceinline__ void load_x() const {
-    if (!layout.x_resident) return;
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     for (int i = warp; i < count; i += S::kWarps) {
       const X* from = static_cast<const X*>(f.x) + row()[i] * width;
-      X* to = shared_at<X>(layout.x) + i * width;
+      X* to = shared_at<X>(layout.x) + i * layout.x_columns;
       if (x_aligned) {
-        for (int64_t c = lane * kVector<X>; c < width; c += 32 * kVector<X>) {
+        for (int c = lane * kVector<X>; c < layout.x_columns; c += 32 * kVector<X>) {
           copy_async(to + c, from + c, 16);
         }
       } else {
-        for (int64_t c = lane; c < width; c += 32) to[c] = from[c];
+        for (int c = lane; c < layout.x_columns; c += 32) to[c] = from[c];
       }
     }
     copy_async_commit();
     copy_async_wait<0>();
   }
 
-  // The pre norm's mean and 1 / sqrt(variance + eps), in two passes over the row.
+  // The pre norm's mean and 1 / sqrt(variance + eps), in one pass over the rows, some of them at a
+  // time for more reads under way. Deviations from a row's first element are small where its mean
+  // is large.
   __device__ __forceinline__ void normalize() const {
+    constexpr int n = kVector<X>, some = 4;
+    static_assert(S::kRows % (some * S::kWarps) == 0);
     const int warp = thread_index() / 32, lane = thread_index() % 32;
-    for (int i = warp; i < count; i += S::kWarps) {
-      const X* from = x(i);
-      const auto average = [&](auto&& term) {
-        C sum = 0;
-        for (int64_t c = lane * kVector<X>; c < width; c += 32 * kVector<X>) {
-          C values[kVector<X>];
-          load(values, from + c, width - c, x_aligned);
+    for (int begin = warp * some; begin < count; begin += S::kWarps * some) {
+      Moments<C> moments[some] = {};
+      C shift[some] = {};
 #pragma unroll
-          for (int e = 0; e < kVector<X>; ++e) {
-            if (c + e < width) sum += term(values[e]);
-          }
+      for (int k = 0; k < some; ++k) {
+        if (begin + k < count) shift[k] = static_cast<C>(x(begin + k, 0)[0]);
+      }
+      for (int64_t c = lane * n; c < width; c += 32 * n) {
+        C values[some][n] = {};
+#pragma unroll
+        for (int k = 0; k < some; ++k) {
+          if (begin + k < count) load(values[k], x(begin + k, c), width - c, x_aligned);
         }
-        return sum_over_lanes<32>(sum) / static_cast<C>(width);
-      };
-      const C average_x = average([](C v) { return v; });
-      const C variance = average([&](C v) { return (v - average_x) * (v - average_x); });
-      if (lane == 0) {
-        mean()[i] = average_x;
-        rstd()[i] = C(1) / sqrt(variance + static_cast<C>(f.eps));
+#pragma unroll
+        for (int k = 0; k < some; ++k) {
+#pragma unroll
+          for (int e = 0; e < n; ++e) values[k][e] -= shift[k];
+          moments[k].add(values[k], width - c);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < some; ++k) {
+        moments[k].add_lanes();
+        if (begin + k < count && lane == 0) {
+          mean()[begin + k] = moments[k].mean + shift[k];
+          rstd()[begin + k] = rstd_of(moments[k]);
+        }
       }
     }
   }
@@ -139,7 +176,7 @@ class ForwardTile : public RowTile<X, P, S> {
       for (int e = 0; e < n; ++e) values[e] = C(0);
       return;
     }
-    load(values, x(i) + column, left, x_aligned);
+    load(values, x(i, column), left, x_aligned);
     if (!pre) return;
     C weight[n], bias[n];  // zero behind the last column
     this->load_norm(weight, bias, column);
@@ -289,12 +326,17 @@ class ForwardTile : public RowTile<X, P, S> {
     C penalty[Own::kCount] = {};
     up.start(first_block, blocks);
     for (int64_t block = first_block; block < first_block + blocks; ++block) {
+      const Own own;
+      const int64_t column = block * kBlock + own.column(), left = width - column;
+      C from[Own::kCount][kVector<X>];
+#pragma unroll
+      for (int v = 0; v < Own::kCount; ++v) {
+        load(from[v], x(own.row(v), column), own.row(v) < count ? left : 0, x_aligned);
+      }
       Sums product;
       up.next(product);
       product.template store<Space::kShared>(this->sums(), kSumPitch<C>);
       __syncthreads();
-      const Own own;
-      const int64_t column = block * kBlock + own.column(), left = width - column;
       const C scale = static_cast<C>(params.depth.kept_scale);
 #pragma unroll
       for (int v = 0; v < Own::kCount; ++v) {
@@ -302,9 +344,8 @@ class ForwardTile : public RowTile<X, P, S> {
         const bool there = i < count && left > 0;
         C squares = 0;
         if (there) {
-          C d[kVector<X>], from[kVector<X>];
+          C d[kVector<X>];
           load_sums(d, this->sums() + i * kSumPitch<C> + own.column());
-          load(from, x(i) + column, left, x_aligned);
           if (!pre) {
             C weight[kVector<X>], bias[kVector<X>];
             this->load_norm(weight, bias, column);
@@ -321,7 +362,7 @@ class ForwardTile : public RowTile<X, P, S> {
           for (int e = 0; e < kVector<X>; ++e) {
             d[e] = is_active ? d[e] * scale : C(0);
             if (e < left) squares += d[e] * d[e];
-            if (f.residual) d[e] += from[e];
+            if (f.residual) d[e] += from[v][e];
           }
           store(static_cast<X*>(f.y) + at * width + column, d, left, y_aligned);
         }
@@ -440,7 +481,8 @@ __device__ __forceinline__ int64_t part_of(int64_t count, int64_t index, unsigne
 
 // Decode, first kernel: the first product's sums over some chunks of columns.
 template <class X, class P>
-__global__ __launch_bounds__(kThreads) void forward_down_kernel(
+__global__
+__launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forward_down_kernel(
     const __grid_constant__ ForwardParams params) {
   using Tile = ForwardTile<X, P, SmallTile>;
   using C = typename P::Sum;
@@ -479,7 +521,8 @@ __global__ __launch_bounds__(kThreads) void forward_down_kernel(
 
 // Decode, second kernel: the second product and what follows, for some blocks of columns.
 template <class X, class P>
-__global__ __launch_bounds__(kThreads) void forward_up_kernel(
+__global__
+__launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forward_up_kernel(
     const __grid_constant__ ForwardParams params) {
   using Tile = ForwardTile<X, P, SmallTile>;
   using C = typename P::Sum;
@@ -584,10 +627,19 @@ static_assert(sizeof(ForwardParams) <= 4096);
 template <class X, class P, class S>
 void forward_whole(const ForwardCall& call, ForwardParams& params) {
   const LinearAdapterForward& f = call.problem;
-  // Two blocks of a multiprocessor at least, so that one computes while the other waits.
-  params.layout = shared_layout<X, P, S>(f, call.limits.shared_memory / 2, true);
-  if (!params.layout.activated_resident) {
-    params.layout = shared_layout<X, P, S>(f, call.limits.shared_memory, false);
+  // Two blocks of a multiprocessor, so that one computes while the other waits. Large tiles that do
+  // not fit then have one to themselves, with more of x, which otherwise is read again from memory.
+  const int64_t whole = call.limits.shared_memory, half = whole / 2;
+  SharedLayout& layout = params.layout;
+  layout = shared_layout<X, P, S>(f, half);
+  const bool fits = layout.activated_resident;
+  if (!fits) layout = shared_layout<X, P, S>(f, whole);
+  const int64_t limit = fits && S::kRows < LargeTile::kRows ? half : whole;
+  const SharedLayout products = layout;
+  if (fits) take_x<X>(layout, S::kRows, f.hidden_size, half);
+  if (!fits || layout.x_columns < f.hidden_size) {
+    layout = products;
+    take_x<X>(layout, S::kRows, f.hidden_size, limit);
   }
   params.parts = Parts::make(f, S::kRows, false);
   launch("linear_adapter", &forward_kernel<X, P, S>, grid("linear_adapter", params.parts.blocks),
@@ -607,8 +659,7 @@ void Forward<X, P>::run(const ForwardCall& call) {
   params.adapters = call.adapters;
   const int64_t processors = call.limits.multiprocessors;
   const int64_t tiles = f.rows / 16 + std::min(f.routing.adapters, f.rows);
-  const SharedLayout split_layout =
-      shared_layout<X, P, SmallTile>(f, call.limits.shared_memory, false);
+  const SharedLayout split_layout = shared_layout<X, P, SmallTile>(f, call.limits.shared_memory);
   const bool split = tiles < 2 * processors && split_layout.activated_resident;
   const int64_t chunks = (f.hidden_size + kChunk - 1) / kChunk;
   const int64_t column_blocks = (f.hidden_size + kBlock - 1) / kBlock;
@@ -635,7 +686,11 @@ void Forward<X, P>::run(const ForwardCall& call) {
     params.splits = std::clamp<int64_t>(wanted, 1, chunks);
     launch_with("linear_adapter's first product", &forward_down_kernel<X, P>,
                 params.parts.blocks * params.splits);
-    params.splits = std::clamp<int64_t>(wanted, 1, column_blocks);
+    // Each of them reads all sums of the first product, so that more than one for a multiprocessor
+    // pay only where a tile has few rows.
+    const int64_t tile_rows = (f.rows + tiles - 1) / std::max<int64_t>(tiles, 1);
+    const int64_t most = std::max<int64_t>(wanted / 4, 128 / std::max<int64_t>(tile_rows, 1));
+    params.splits = std::clamp<int64_t>(std::min(wanted, most), 1, column_blocks);
     if (f.norm_position == NormPosition::kPost) {
       params.statistics = true;
       launch_with("linear_adapter's statistics", &forward_up_kernel<X, P>,

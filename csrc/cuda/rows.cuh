@@ -12,13 +12,14 @@ namespace adapter_ext::cuda {
 struct SharedLayout {
   int adapter;                  // an Adapter
   int row, mean, rstd, active;  // [rows]
-  int x;                        // [rows, D] of x's type, where `x_resident`
+  int x;                        // [rows, x_columns] of x's type
   int left[2];                  // operands of the first product, [rows, kStep]
   int weights[2];               // [64, kStep]
   int activated;                // operands of the second product: [rows, bottleneck], or (where
                                 // that does not fit: not `activated_resident`) none
   int sums;                     // results [rows, 64]
-  bool x_resident, activated_resident;
+  bool activated_resident;
+  int x_columns;        // those that shared memory has room for
   int activated_pitch;  // in elements
   int bytes;
 };
@@ -39,19 +40,19 @@ class SharedRoom {
   int64_t bytes_;
 };
 
-// What every kernel with a tile of rows needs.
+// What every kernel with a tile of rows needs; `tiles`: of how many it knows the rows.
 template <class C>
-void take_rows(SharedLayout& layout, SharedRoom& room, int64_t rows) {
+void take_rows(SharedLayout& layout, SharedRoom& room, int64_t rows, int64_t tiles = 1) {
   layout.adapter = room.take<Adapter>(1);
-  layout.row = room.take<int64_t>(rows);
+  layout.row = room.take<int64_t>(tiles * rows);
   layout.mean = room.take<C>(rows);
   layout.rstd = room.take<C>(rows);
-  layout.active = room.take<int>(rows);
+  layout.active = room.take<int>(tiles * rows);
 }
 
-// Buffers of both products, and of the rows of x where they have room within the limit.
+// Buffers of both products, within the limit.
 template <class X, class P, class S>
-SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit, bool want_x) {
+SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit) {
   using T = typename P::Operand;
   using C = typename P::Sum;
   constexpr int64_t rows = S::kRows, sums = rows * kSumPitch<C>;
@@ -76,11 +77,19 @@ SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit, bool wa
     layout.sums = room.take<C>(sums);
     layout.activated_pitch = kStepPitch<P>;
   }
-  SharedRoom with_x = room;
-  layout.x = with_x.take<X>(rows * p.hidden_size);
-  layout.x_resident = want_x && with_x.bytes() <= limit;
-  layout.bytes = static_cast<int>((layout.x_resident ? with_x : room).bytes());
+  layout.bytes = static_cast<int>(room.bytes());
   return layout;
+}
+
+// Adds the rows of x, or as many whole blocks of their columns as there is room for.
+template <class X>
+void take_x(SharedLayout& layout, int64_t rows, int64_t columns, int64_t limit) {
+  SharedRoom room(layout.bytes);
+  const int64_t fit = (limit - layout.bytes) / (rows * static_cast<int64_t>(sizeof(X)));
+  layout.x_columns =
+      static_cast<int>(fit >= columns ? columns : std::max<int64_t>(fit, 0) / kBlock * kBlock);
+  layout.x = room.take<X>(rows * layout.x_columns);
+  layout.bytes = static_cast<int>(room.bytes());
 }
 
 // What the product's operands are rounded to, beyond what their type does: kFloat64 for nothing.

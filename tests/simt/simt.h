@@ -252,6 +252,9 @@ __forceinline__ unsigned char* shared_memory() { return simt::shared_memory(); }
 
 __forceinline__ int here(int number) { return number; }
 
+__forceinline__ float quotient(float a, float b) { return a / b; }
+__forceinline__ double quotient(double a, double b) { return a / b; }
+
 __forceinline__ void require(bool holds) { assert(holds); }
 
 __forceinline__ void copy_async(void* shared, const void* global, int count) {

@@ -1,0 +1,113 @@
+"""The traffic table: what its lines are made of, and what counts as worse. Nothing is simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # behind the installed package
+
+from benchmarks import cuda_traffic  # noqa: E402
+from benchmarks.cpu import Case  # noqa: E402
+
+COUNTS = dict(zip(cuda_traffic.COLUMNS, (1.0, 2.0, 0.9, 0.8, 1.5), strict=True))
+KERNEL = "void adapter_ext::cuda::forward_kernel<float, adapter_ext::cuda::Tf32, 64>(Params)"
+OTHERS = (
+    "void adapter_ext::cuda::forward_down_kernel<float, adapter_ext::cuda::Tf32>(Params)",
+    "adapter_ext::cuda::list_kernel(adapter_ext::cuda::ListParams)",
+)
+CASE = Case("forward", "bf16", hidden_size=512, bottleneck=16, rows=1000, adapters=2)
+PASS = 1000 * 512 * 2
+WEIGHTS = 2 * (2 * 512 + 2 * 16 * 512) * 2
+KEPT = 1000 * (16 + 2) * 4
+
+
+def _launch(kernel: str) -> cuda_traffic.Launch:
+    return {
+        "kernel": kernel,
+        "global_load_sectors": 400,
+        "global_load_ideal_sectors": 300,
+        "global_store_sectors": 200,
+        "global_store_ideal_sectors": 100,
+        "l2_miss_read_sectors": 7000,
+        "l2_miss_write_sectors": 5000,
+        "shared_wavefronts": 30,
+        "shared_ideal_wavefronts": 20,
+    }
+
+
+def _factor(column: str, worse: float) -> float:
+    return 1 / worse if column.endswith("efficiency") else worse
+
+
+@pytest.mark.parametrize("column", cuda_traffic.COLUMNS)
+def test_regression(column):
+    def found(worse: float) -> list[str]:
+        counts = {**COUNTS, column: COUNTS[column] * _factor(column, worse)}
+        return cuda_traffic.regressions({"case": COUNTS}, {"case": counts})
+
+    assert found(0.5) == []
+    assert found(1.04) == []
+    (message,) = found(1.06)
+    assert message.startswith(f"case: {column} is ")
+
+
+def test_missing_case():
+    assert cuda_traffic.regressions({"case": COUNTS}, {"other": COUNTS}) == [
+        "other: not in the table"
+    ]
+
+
+def test_page_has_what_is_checked():
+    _, lines, _ = cuda_traffic.parse_page(cuda_traffic.PAGE.read_text())
+    checked = [case for case in cuda_traffic.cases() if cuda_traffic.is_checked(case)]
+    assert {case.mode for case in checked} == {"forward", "backward", "decode"}
+    assert {str(case) for case in checked} <= lines.keys()
+    for cells in lines.values():
+        assert all(value > 0 for value in cuda_traffic.counts_in(cells).values())
+
+
+def test_page():
+    cells = cuda_traffic.line(CASE, [_launch(KERNEL), _launch(KERNEL)], COUNTS)
+    text = cuda_traffic.measure.markdown_table(cuda_traffic.HEADER, [cells])
+    page = f"# Title\n{cuda_traffic.BEGIN}{text}\n{cuda_traffic.END}# More\n"
+    before, lines, after = cuda_traffic.parse_page(page)
+    assert f"{before}{text}\n{after}" == page
+    assert lines == {str(CASE): cells}
+    assert cells[1] == "forward 64"
+    assert cuda_traffic.counts_in(cells) == COUNTS
+    with pytest.raises(ValueError, match="columns"):
+        cuda_traffic.parse_page(page.replace("L2", "L3"))
+    with pytest.raises(ValueError, match="table"):
+        cuda_traffic.parse_page(page.replace("end", "END"))
+
+
+def test_kernel_names():
+    names = [cuda_traffic.kernel_name(_launch(kernel)) for kernel in (KERNEL, *OTHERS)]
+    assert names == ["forward 64", "forward_down", "list"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernels", "ideal"),
+    [
+        ("forward", [KERNEL], 2 * PASS + WEIGHTS + KEPT),
+        ("forward", OTHERS, 3 * PASS + WEIGHTS + KEPT),
+        ("decode", OTHERS, 3 * PASS + WEIGHTS),
+        ("backward", OTHERS, 4 * PASS + 2 * WEIGHTS + KEPT),
+    ],
+)
+def test_ideal(mode, kernels, ideal):
+    case = dataclasses.replace(CASE, mode=mode)
+    assert cuda_traffic.ideal_bytes(case, map(_launch, kernels)) == ideal
+
+
+def test_counts():
+    counts = cuda_traffic.count(CASE, [_launch(KERNEL), _launch(OTHERS[1])])
+    ideal = 2 * PASS + WEIGHTS + KEPT
+    assert list(counts.values()) == pytest.approx(
+        [2 * 12000 * 32 / ideal, 2 * 600 * 32 / ideal, 3 / 4, 1 / 2, 3 / 2]
+    )
