@@ -45,15 +45,8 @@ PRODUCTS = (
     "backward_rows_kernel",
     "backward_columns_kernel",
 )
-# The kernels that read and write rows, or matrices of weights, by vectors.
-READS_ROWS = (*PRODUCTS, "vectors_kernel")
-WRITES_ROWS = (
-    "forward_kernel",
-    "forward_up_kernel",
-    "backward_rows_kernel",
-    "backward_columns_kernel",
-    "backward_ranges_kernel",
-)
+# The kernels that write rows where they multiply; all of PRODUCTS read rows and weights there.
+WRITES_ROWS = ("forward_kernel", "forward_up_kernel", "backward_columns_kernel")
 # Threads of a multiprocessor that the kernels with products must have registers for: two blocks of
 # 256, or four of 128, and half of that for float64. kResident in csrc/cuda asks nvcc for it.
 LEAST_THREADS, LEAST_THREADS_FLOAT64 = 512, 256
@@ -77,6 +70,7 @@ class Kernel:
         registers: of a thread.
         local_memory: of a thread in bytes, its stack included.
         instructions: how many there are of each.
+        in_main_loops: of those, how many are in loops that multiply.
     """
 
     name: str
@@ -84,6 +78,7 @@ class Kernel:
     registers: int
     local_memory: int
     instructions: Mapping[str, int]
+    in_main_loops: Mapping[str, int]
 
     @property
     def function(self) -> str:
@@ -130,15 +125,6 @@ class Kernel:
         """What the table names it by."""
         return self.function, self.tile, self.types
 
-    def count(self, opcodes: Iterable[str], modifier: str | None = None) -> int:
-        """How many instructions there are of some kinds, all or those with a modifier."""
-        split = ((name.split("."), number) for name, number in self.instructions.items())
-        return sum(
-            number
-            for (opcode, *modifiers), number in split
-            if opcode in opcodes and (modifier is None or modifier in modifiers)
-        )
-
     def blocks_by_registers(self, threads: int, machine: Machine) -> int:
         """Blocks that a multiprocessor has registers for: warps get 256 at a time."""
         of_warp = -(-self.registers * 32 // 256) * 256
@@ -156,8 +142,47 @@ class Kernel:
         )
 
 
+def count(instructions: Mapping[str, int], opcodes: Iterable[str], modifier: str = "") -> int:
+    """How many instructions there are of some kinds, all or those with a modifier."""
+    split = ((name.split("."), number) for name, number in instructions.items())
+    return sum(
+        number
+        for (opcode, *modifiers), number in split
+        if opcode in opcodes and (not modifier or modifier in modifiers)
+    )
+
+
 Launches = Mapping[int, Mapping[str, Launch]]
 """By architecture and kernel."""
+
+
+class _Code:
+    """The instructions of a function, in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.places: dict[int, int] = {}  # by address
+        self.jumps: list[tuple[int, int]] = []  # from an instruction to an address
+
+    def add(self, address: int, name: str, operands: str) -> None:
+        if name.startswith("BRA") and (target := _TARGET.search(operands)):
+            self.jumps.append((len(self.names), int(target[1], 16)))
+        self.places[address] = len(self.names)
+        self.names.append(name)
+
+    def in_main_loops(self) -> collections.Counter[str]:
+        """Those between a jump back and where it goes, if there is a product between them."""
+        opcodes = [name.partition(".")[0] for name in self.names]
+        products = {"HMMA"} if "HMMA" in opcodes else {"FFMA", "DFMA"}
+        before = list(itertools.accumulate((o in products for o in opcodes), initial=0))
+        inside = [0] * (len(opcodes) + 1)
+        for end, target in self.jumps:
+            begin = self.places.get(target, end)
+            if begin < end and before[begin] < before[end]:
+                inside[begin] += 1
+                inside[end] -= 1
+        depths = itertools.accumulate(inside)
+        return collections.Counter(itertools.compress(self.names, depths))
 
 
 def parse(resources: Iterable[str], code: Iterable[str]) -> list[Kernel]:
@@ -168,15 +193,15 @@ def parse(resources: Iterable[str], code: Iterable[str]) -> list[Kernel]:
         code: with ``-sass``.
     """
     arch, mangled = 0, ""
-    instructions: dict[tuple[int, str], collections.Counter[str]] = {}
+    functions: dict[tuple[int, str], _Code] = {}
     for line in code:
         if match := _INSTRUCTION.match(line):
-            instructions[arch, mangled][match[1]] += 1
+            functions[arch, mangled].add(int(match[1], 16), match[2], match[3])
         elif match := _CODE_ARCH.match(line):
             arch = int(match[1])
         elif match := _CODE_FUNCTION.match(line):
             mangled = match[1]
-            instructions[arch, mangled] = collections.Counter()
+            functions[arch, mangled] = _Code()
     used: dict[tuple[int, str], dict[str, int]] = {}
     for line in resources:
         if match := _RESOURCES_ARCH.match(line):
@@ -185,18 +210,26 @@ def parse(resources: Iterable[str], code: Iterable[str]) -> list[Kernel]:
             mangled = match[1]
         elif line.startswith("  REG:"):
             used[arch, mangled] = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
-    if used.keys() != instructions.keys():
+    if used.keys() != functions.keys():
         raise RuntimeError("expected kernels with both resources and instructions")
     names = cuda_launches.demangled(name for _, name in used)
     return [
-        Kernel(name, key[0], use["REG"], use["STACK"] + use["LOCAL"], instructions[key])
+        Kernel(
+            name,
+            key[0],
+            registers=use["REG"],
+            local_memory=use["STACK"] + use["LOCAL"],
+            instructions=collections.Counter(functions[key].names),
+            in_main_loops=functions[key].in_main_loops(),
+        )
         for name, (key, use) in zip(names, used.items(), strict=True)
     ]
 
 
 _CODE_ARCH = re.compile(r"\s+code for sm_(\d+)")
 _CODE_FUNCTION = re.compile(r"\s+Function : (\S+)")
-_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 _RESOURCES_ARCH = re.compile(r"arch = sm_(\d+)")
 _RESOURCES_FUNCTION = re.compile(r" Function (\S+):")
 
@@ -236,16 +269,17 @@ def problems(kernel: Kernel, launch: Launch | None) -> list[str]:
         launch: how it is launched on the machine of its architecture, None where no call does.
     """
     wrong = []
-    local = kernel.count(LOCAL)
+    local = count(kernel.instructions, LOCAL)
     allowed = ALLOWED_LOCAL.get((kernel.function, kernel.types, kernel.arch), 0)
     if kernel.local_memory > allowed or (local and not allowed):
         wrong.append(f"{kernel.local_memory} bytes of local memory, {local} accesses to it")
-    if kernel.function in PRODUCTS and kernel.tensor_cores and not kernel.count(["HMMA"]):
-        wrong.append("no HMMA: its products are for tensor cores")
-    if kernel.function in READS_ROWS and not kernel.count(LOADS, WIDE):
-        wrong.append("no loads of 16 bytes from global memory")
-    if kernel.function in WRITES_ROWS and not kernel.count(STORES, WIDE):
-        wrong.append("no stores of 16 bytes to global memory")
+    if kernel.function in PRODUCTS:
+        if kernel.tensor_cores and not count(kernel.instructions, ["HMMA"]):
+            wrong.append("no HMMA: its products are for tensor cores")
+        if not count(kernel.in_main_loops, LOADS, WIDE):
+            wrong.append("no loads of 16 bytes from global memory in loops that multiply")
+    if kernel.function in WRITES_ROWS and not count(kernel.in_main_loops, STORES, WIDE):
+        wrong.append("no stores of 16 bytes to global memory in loops that multiply")
     if launch is None:
         wrong.append("benchmarks.cuda_launches has no call that launches it")
     elif kernel.function in PRODUCTS:
@@ -280,9 +314,9 @@ def table(kernels: Sequence[Kernel], launches: Launches) -> str:
                 joined(kernel.registers for kernel in same),
                 joined(f"{launch.shared / 1024:.1f}" for _, launch in pairs),
                 joined(kernel.blocks(launch, MACHINES[kernel.arch]) for kernel, launch in pairs),
-                str(min(kernel.count(["HMMA"]) for kernel in same)),
-                str(min(kernel.count(LOADS, WIDE) for kernel in same)),
-                str(min(kernel.count(STORES, WIDE) for kernel in same)),
+                str(min(count(kernel.instructions, ["HMMA"]) for kernel in same)),
+                str(min(count(kernel.in_main_loops, LOADS, WIDE) for kernel in same)),
+                str(min(count(kernel.in_main_loops, STORES, WIDE) for kernel in same)),
             ]
         )
     return f"Several numbers: {names}\n\n{measure.markdown_table([*HEADER, *COUNTS], rows)}"
