@@ -28,6 +28,7 @@ struct ColumnLayout {
   int x, gradient;            // x̂ or x, and do or du: [kRows, 64]
   int down[2];                // [kStep, 64]
   int hidden_sum;             // [threads]: Σ dh
+  int partial;                // a pointer
   int vector_sums;            // post: see VectorSums
   int total;                  // a tile of sums [64, 64], in the place of the operands
   bool one_piece;             // the bottleneck is no longer than a step: its piece of `down` stays
@@ -59,13 +60,17 @@ static_assert(sizeof(BackwardParams) <= 4096);
 
 // What one adapter's gradients ask for.
 struct Wanted {
-  bool x, down, up, norm;
+  const LinearAdapterBackward& problem;
+  const AdapterGradients& gradients;
 
-  __device__ __forceinline__ Wanted(const LinearAdapterBackward& b, const AdapterGradients& g)
-      : x(b.grad_x != nullptr),
-        down(g.down || (b.norm_position == NormPosition::kPre && (g.norm_weight || g.norm_bias))),
-        up(g.up != nullptr),
-        norm(g.norm_weight || g.norm_bias) {}
+  __device__ __forceinline__ bool x() const { return problem.grad_x != nullptr; }
+  __device__ __forceinline__ bool up() const { return gradients.up != nullptr; }
+  __device__ __forceinline__ bool norm() const {
+    return gradients.norm_weight || gradients.norm_bias;
+  }
+  __device__ __forceinline__ bool down() const {
+    return gradients.down || (problem.norm_position == NormPosition::kPre && norm());
+  }
 };
 
 // do = scale · mask ⊙ (dy + κ d) with d = scale · mask ⊙ o the adapter's contribution and
@@ -678,7 +683,7 @@ __global__ __launch_bounds__(
   if (segment.adapter >= b.routing.adapters) return;
   const Adapter& adapter = params.adapters.share(segment.adapter, layout.rows.adapter);
   __syncthreads();
-  const Wanted wanted(b, adapter.gradients);
+  const Wanted wanted{b, adapter.gradients};
   WeightGradients<X, P> weight_gradients(b, adapter, column_block);
   const int64_t range = params.parts.size.value;
   const int64_t first = segment.begin + segment.part * range;
@@ -687,14 +692,17 @@ __global__ __launch_bounds__(
     if (segment.part == 0) weight_gradients.clear();
     return;
   }
-  const bool whole = segment.end - segment.begin <= range;
+  // Where the sums over the range go; null where it has all rows of the adapter.
+  const auto to = [&]() -> C*& { return *shared_at<C*>(layout.partial); };
+  if (thread_index() == 0) {
+    const bool whole = segment.end - segment.begin <= range;
+    to() = whole ? nullptr : partial<C>(params, segment, segment.part, column_block);
+  }
   const Gradient output_gradient(params, segment);
   const bool wants_out = output_gradient.wants_out();
   const bool pre = b.norm_position == NormPosition::kPre;
-  const bool wants_gradient = wanted.up || (!pre && wanted.norm);
-  const int64_t r = adapter.view.bottleneck, width = b.hidden_size;
-  const int64_t blocks = (r + kBlock - 1) / kBlock;
-  const int pieces = static_cast<int>((r + kStep<P> - 1) / kStep<P>);
+  const auto wants_gradient = [&] { return wanted.up() || (!pre && wanted.norm()); };
+  const int64_t width = b.hidden_size;
   const auto aligned = [&](const void* matrix) {
     return is_aligned(matrix, width * static_cast<int64_t>(sizeof(X)));
   };
@@ -710,15 +718,13 @@ __global__ __launch_bounds__(
                 adapter.view, static_cast<int>((chunk - first) / rows & 1));
   };
 
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int bottleneck =
-        r - block * kBlock < kBlock ? static_cast<int>(r - block * kBlock) : kBlock;
+  for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
     Product<P, LargeTile> down_sum, up_sum;  // M [bottleneck, columns], duᵀz [columns, bottleneck]
     down_sum.clear();
     up_sum.clear();
     C hidden_sum = 0;
-    const bool input_gradient = block == 0 && wanted.x;
-    const bool wants_x = wanted.down || (input_gradient && pre);
+    const bool input_gradient = block == 0 && wanted.x();
+    const bool wants_x = wanted.down() || (input_gradient && pre);
     __syncthreads();
     tile_at(first).find_rows(depth);
     for (int64_t chunk = first; chunk < end; chunk += rows) {
@@ -769,7 +775,7 @@ __global__ __launch_bounds__(
       tile_at(chunk + rows).find_rows(depth);
       copy_async_wait<0>();
       __syncthreads();
-      if (wants_out && wants_gradient) {
+      if (wants_out && wants_gradient()) {
         UpProduct<X, P, S> up(tile, activated, params.padded);
         up.start(column_block, 1);
         Product<P, S> product;
@@ -783,7 +789,7 @@ __global__ __launch_bounds__(
         const Own own;
         const int i = own.row(v);
         const int64_t column = column_block * kBlock + own.column();
-        if (wanted.down) {
+        if (wanted.down()) {
           C values[kVector<X>];
           load_aligned(values, shared_at<X>(layout.x_part) + own.at(v));
           const bool there = tile.active()[i] && column < width;
@@ -795,7 +801,7 @@ __global__ __launch_bounds__(
           store_operands<P>(shared_at<T>(layout.x) + i * kBlockPitch<P> + own.column(), values,
                             tile.rounding);
         }
-        if (!wants_gradient) continue;
+        if (!wants_gradient()) continue;
         typename Gradient::template Values<kVector<X>> values;
         output_gradient.get(tile, i, column, shared_at<X>(layout.gradient_part) + own.at(v),
                             tile.sums() + i * kSumPitch<C> + own.column(), values);
@@ -811,7 +817,7 @@ __global__ __launch_bounds__(
                           values.d, tile.rounding);
       }
       __syncthreads();
-      if (wanted.down) {
+      if (wanted.down()) {
         down_sum.template multiply<false, false>(shared_at<T>(layout.hidden_gradient),
                                                  kBlockPitch<P>, shared_at<T>(layout.x),
                                                  kBlockPitch<P>, rows);
@@ -821,10 +827,11 @@ __global__ __launch_bounds__(
           hidden_sum += static_cast<C>(of_column[i * kBlockPitch<P>]);
         }
       }
-      if (wanted.up) {
-        up_sum.template multiply<false, false>(shared_at<T>(layout.gradient), kBlockPitch<P>,
-                                               shared_at<T>(layout.rows.activated), kBlockPitch<P>,
-                                               rows, bottleneck);
+      if (wanted.up()) {
+        const int64_t left = adapter.view.bottleneck - block * kBlock;
+        up_sum.template multiply<false, false>(
+            shared_at<T>(layout.gradient), kBlockPitch<P>, shared_at<T>(layout.rows.activated),
+            kBlockPitch<P>, rows, left < kBlock ? static_cast<int>(left) : kBlock);
       }
       if (!input_gradient) continue;
       // dn = dh down, and dx.
@@ -833,9 +840,11 @@ __global__ __launch_bounds__(
       if (layout.one_piece) {
         product.template multiply<true, false>(shared_at<T>(layout.hidden_gradient), kBlockPitch<P>,
                                                shared_at<T>(layout.down[0]), kBlockPitch<P>,
-                                               step_depth<P>(r, 0));
+                                               step_depth<P>(adapter.view.bottleneck, 0));
       } else {
         __syncthreads();  // the pieces have the place of x and du
+        const int64_t r = adapter.view.bottleneck;
+        const int pieces = static_cast<int>((r + kStep<P> - 1) / kStep<P>);
         fill_down(0);
         for (int piece = 0; piece < pieces; ++piece) {
           T* left = shared_at<T>(layout.rows.left[piece & 1]);
@@ -891,8 +900,7 @@ __global__ __launch_bounds__(
     }
     // This block of the bottleneck is summed over the range.
     const auto total = [&] { return shared_at<C>(layout.total); };
-    const auto to = [&] { return partial<C>(params, segment, segment.part, column_block); };
-    if (wanted.down) {
+    if (wanted.down()) {
       C* const hidden_sums = shared_at<C>(layout.hidden_sum);
       __syncthreads();
       down_sum.template store<Space::kShared>(total(), kSumPitch<C>);
@@ -903,9 +911,9 @@ __global__ __launch_bounds__(
         for (int other = thread; other < kThreads; other += kBlock) sum += hidden_sums[other];
         hidden_sums[thread] = sum;
         const int64_t j = block * kBlock + thread;
-        if (!whole && j < params.padded) to()[2 * params.padded * kBlock + j] = sum;
+        if (to() && j < params.padded) to()[2 * params.padded * kBlock + j] = sum;
       }
-      if (whole) {
+      if (!to()) {
         __syncthreads();
         weight_gradients.down(total(), hidden_sums, block);
       } else {
@@ -913,11 +921,11 @@ __global__ __launch_bounds__(
                       kBlock, total());
       }
     }
-    if (wanted.up) {
+    if (wanted.up()) {
       __syncthreads();
       up_sum.template store<Space::kShared>(total(), kSumPitch<C>);
       __syncthreads();
-      if (whole) {
+      if (!to()) {
         weight_gradients.up(total(), block);
       } else {
         store_tile<S>(to() + params.padded * kBlock + block * kBlock, params.padded, kBlock,
@@ -925,20 +933,19 @@ __global__ __launch_bounds__(
       }
     }
   }
-  if (!wanted.norm) return;
+  if (!wanted.norm()) return;
   __syncthreads();
   if (pre) {
-    if (whole) weight_gradients.norm(shared_at<C>(layout.total));
+    if (!to()) weight_gradients.norm(shared_at<C>(layout.total));
     return;
   }
   const int thread = thread_index();
   if (thread >= kBlock) return;
   const C weight = vector_sums.sum(0, thread), bias = vector_sums.sum(1, thread);
-  if (whole) return weight_gradients.norm(thread, weight, bias);
-  C* to =
-      partial<C>(params, segment, segment.part, column_block) + params.partial_size() - 2 * kBlock;
-  to[thread] = weight;
-  to[kBlock + thread] = bias;
+  if (!to()) return weight_gradients.norm(thread, weight, bias);
+  C* const sums = to() + params.partial_size() - 2 * kBlock;
+  sums[thread] = weight;
+  sums[kBlock + thread] = bias;
 }
 
 // Third kernel: the gradients of adapters with several ranges.
@@ -959,7 +966,7 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
   const Adapter& adapter =
       params.adapters.share(a, (kBlock * kSumPitch<C> + kBlock) * static_cast<int>(sizeof(C)));
   __syncthreads();
-  const Wanted wanted(b, adapter.gradients);
+  const Wanted wanted{b, adapter.gradients};
   WeightGradients<X, P> weight_gradients(b, adapter, column_block);
   const int thread = thread_index();
   const auto add = [&](int64_t offset) {
@@ -978,7 +985,7 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
   };
   for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
     const int64_t bottleneck = adapter.view.bottleneck - block * kBlock;
-    if (wanted.down) {
+    if (wanted.down()) {
       __syncthreads();
       add_tile(block * kBlock * kBlock, kBlock, bottleneck, kBlock);
       if (thread < bottleneck) {
@@ -987,14 +994,14 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
       __syncthreads();
       weight_gradients.down(total, hidden_sum, block);
     }
-    if (wanted.up) {
+    if (wanted.up()) {
       __syncthreads();
       add_tile(params.padded * kBlock + block * kBlock, params.padded, kBlock, bottleneck);
       __syncthreads();
       weight_gradients.up(total, block);
     }
   }
-  if (!wanted.norm) return;
+  if (!wanted.norm()) return;
   __syncthreads();
   if (b.norm_position == NormPosition::kPre) return weight_gradients.norm(total);
   if (thread >= kBlock) return;
@@ -1095,6 +1102,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
   take_rows<C>(layout.rows, room, rows, 2);
   layout.row_mean = room.take<C>(rows);
   layout.row_product = room.take<C>(rows);
+  layout.partial = room.take<C*>(1);
   if (b.norm_position == NormPosition::kPost) {
     layout.vector_sums = room.take<C>(VectorSums<X, C, S::kWarps>::kSize);
   }
