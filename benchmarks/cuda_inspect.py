@@ -50,14 +50,6 @@ WRITES_ROWS = ("forward_kernel", "forward_up_kernel", "backward_columns_kernel")
 # Threads of a multiprocessor that the kernels with products must have registers for: two blocks of
 # 256, or four of 128, and half of that for float64. kResident in csrc/cuda asks nvcc for it.
 LEAST_THREADS, LEAST_THREADS_FLOAT64 = 512, 256
-# What is let be of local memory, in bytes of a thread: by function, types and architecture.
-ALLOWED_LOCAL: dict[tuple[str, str, int], int] = {
-    # One register, written before the loop over rows and read behind it.
-    ("backward_columns_kernel", "bf16 by fp32", 80): 8,
-    ("backward_columns_kernel", "fp16 by fp32", 80): 8,
-    # A counter, read and written once a chunk, though there are registers.
-    ("forward_down_kernel", "fp32 by TF32", 120): 8,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,8 +262,7 @@ def problems(kernel: Kernel, launch: Launch | None) -> list[str]:
     """
     wrong = []
     local = count(kernel.instructions, LOCAL)
-    allowed = ALLOWED_LOCAL.get((kernel.function, kernel.types, kernel.arch), 0)
-    if kernel.local_memory > allowed or (local and not allowed):
+    if kernel.local_memory or local:
         wrong.append(f"{kernel.local_memory} bytes of local memory, {local} accesses to it")
     if kernel.function in PRODUCTS:
         if kernel.tensor_cores and not count(kernel.instructions, ["HMMA"]):

@@ -209,17 +209,6 @@ def test_what_is_refused(kernel: Kernel, launch: Launch | None, reason: str) -> 
     assert problem.startswith(f"{kernel.name}, sm_80: {reason}")
 
 
-def test_local_memory_that_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much of it as is said, in the kernel that is named."""
-    monkeypatch.setattr(cuda_inspect, "ALLOWED_LOCAL", {("backward_rows_kernel", "bf16", 80): 8})
-    spilled = {**ROWS.instructions, "STL": 1, "LDL": 1}
-    kernel = dataclasses.replace(ROWS, local_memory=8, instructions=spilled)
-    assert not cuda_inspect.problems(kernel, LAUNCH)
-    assert cuda_inspect.problems(dataclasses.replace(kernel, local_memory=16), LAUNCH)
-    assert cuda_inspect.problems(dataclasses.replace(kernel, arch=90), LAUNCH)
-    assert cuda_inspect.problems(renamed(kernel, "__nv_bfloat16", "__half"), LAUNCH)
-
-
 def test_table_and_what_differs_from_it() -> None:
     hopper = dataclasses.replace(ROWS, arch=90, registers=100)
     kernels = [ROWS, hopper]
