@@ -233,6 +233,14 @@ def test_table_and_what_differs_from_it() -> None:
     assert gone == "backward_rows_kernel 64 bf16: only in cuda.md"
 
 
+def test_without_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda tool, path: tool if tool == "c++filt" else None)
+    with pytest.raises(
+        SystemExit, match=r"needs cuobjdump, nvdisasm, .* pip install '.\[inspect\]'"
+    ):
+        cuda_inspect.inspect([])
+
+
 def test_the_page_has_the_table() -> None:
     documented = cuda_inspect.documented_blocks(cuda_inspect.PAGE.read_text(encoding="utf-8"))
     assert {key[0] for key in documented} >= {*cuda_inspect.PRODUCTS, *cuda_inspect.WRITES_ROWS}
