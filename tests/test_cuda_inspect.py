@@ -235,9 +235,7 @@ def test_table_and_what_differs_from_it() -> None:
 
 def test_without_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool, path: tool if tool == "c++filt" else None)
-    with pytest.raises(
-        SystemExit, match=r"needs cuobjdump, nvdisasm, .* pip install '.\[inspect\]'"
-    ):
+    with pytest.raises(SystemExit, match="needs cuobjdump, nvdisasm, of binutils"):
         cuda_inspect.inspect([])
 
 
