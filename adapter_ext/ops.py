@@ -139,7 +139,9 @@ def linear_adapter(
         compute_dtype: bfloat16 or float16 rounds the operands of both products to it (what
             autocast does); float32 does not. None does not either, except that with ``x`` and
             weights of bfloat16, on machines that multiply in bfloat16, the forward rounds them to
-            bfloat16, as PyTorch's layers do.
+            bfloat16, as PyTorch's layers do; and on CUDA products of 16-bit ``x`` and weights
+            round to it, and float32 ones to TF32 where ``torch.backends.cuda.matmul`` allows it.
+            With 16-bit ``x``, the CPU keeps weights of float32 as they are.
 
     Returns:
         y, of the shape and dtype of ``x``, contiguous; and aux ``[A]``, float32 (float64 for
@@ -295,7 +297,7 @@ def _arguments(
             )
     operand_type = _NOT_ROUNDED
     if compute_dtype is not None or x.is_cuda:
-        operand_type = _operand_type(x, compute_dtype)
+        operand_type = _operand_type(x, flat, compute_dtype)
     options: tuple[Any, ...] = (
         _code("activation", activation, _ACTIVATIONS),
         _code("norm_position", norm_position, _NORM_POSITIONS),
@@ -320,7 +322,9 @@ def _code(argument: str, name: str, codes: dict[str, int]) -> int:
     return code
 
 
-def _operand_type(x: Tensor, compute_dtype: torch.dtype | None) -> int:
+def _operand_type(x: Tensor, flat: list[Tensor], compute_dtype: torch.dtype | None) -> int:
+    if compute_dtype in _OPERAND_TYPES and flat and flat[2].dtype != x.dtype:
+        return _OPERAND_TYPES[compute_dtype]  # of 16-bit x, too: weights of float32 are rounded
     if compute_dtype is None or compute_dtype == x.dtype:
         return _TF32 if x.is_cuda and x.dtype == torch.float32 and _allows_tf32() else _NOT_ROUNDED
     if compute_dtype == torch.float32 and x.dtype.itemsize == 2:

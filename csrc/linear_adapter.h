@@ -55,8 +55,10 @@ class LinearAdapterArguments {
     p_.eps = eps;
     p_.dropout = dropout;
     p_.stochastic_depth = stochastic_depth;
-    p_.operand_type = compute_type < 0 ? p_.data_type : static_cast<DataType>(compute_type);
     set_adapters(weights);
+    p_.operand_type = compute_type >= 0                ? static_cast<DataType>(compute_type)
+                      : p_.weight_type == p_.data_type ? p_.data_type
+                                                       : DataType::kFloat32;
     set_routing(order, offsets);
     if (seed) {
       check_device({kOp, "seed"}, *seed, x_);

@@ -152,6 +152,18 @@ class TestKernels:
     def test_float32_weights(self, dtype: torch.dtype) -> None:
         check(Case(**SHAPES["few"], dtype=dtype, weight_dtype=torch.float32))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_float32_weights_rounded(self, dtype: torch.dtype) -> None:
+        """What autocast asks for, with x of 16 bits and weights of float32."""
+        check(
+            Case(
+                **SHAPES["few"],
+                dtype=dtype,
+                weight_dtype=torch.float32,
+                options={"compute_dtype": dtype},
+            )
+        )
+
     @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16], ids=str)
     @every_dtype
     def test_compute_dtype(self, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:

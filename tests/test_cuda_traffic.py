@@ -15,7 +15,10 @@ from benchmarks import cuda_traffic  # noqa: E402
 from benchmarks.cpu import Case  # noqa: E402
 
 COUNTS = dict(zip(cuda_traffic.COLUMNS, (1.0, 2.0, 0.9, 0.8, 1.5), strict=True))
-KERNEL = "void adapter_ext::cuda::forward_kernel<float, adapter_ext::cuda::Tf32, 64>(Params)"
+KERNEL = (
+    "void adapter_ext::cuda::forward_kernel<float, adapter_ext::cuda::Tf32, "
+    "adapter_ext::cuda::Shape<64, 256> >(Params)"
+)
 OTHERS = (
     "void adapter_ext::cuda::forward_down_kernel<float, adapter_ext::cuda::Tf32>(Params)",
     "adapter_ext::cuda::list_kernel(adapter_ext::cuda::ListParams)",

@@ -80,7 +80,7 @@ void dispatch(const Call<ProblemType>& call) {
   const LinearAdapterProblem& p = call.problem;
   const auto run = [&]<class X, class P>() { Kernels<X, P>::run(call); };
   // Tensor cores round operands to 16 bits: where x and the weights have those bits already, or
-  // where the caller asks for it.
+  // where the caller asks for it (as autocast does, with x of 16 bits and weights of float32).
   switch (p.data_type) {
     case DataType::kFloat64: return run.template operator()<double, MultiplyAdd<double>>();
     case DataType::kFloat32:
@@ -93,13 +93,12 @@ void dispatch(const Call<ProblemType>& call) {
                         : run.template operator()<float, MultiplyAdd<float>>();
       }
     case DataType::kBFloat16:
-      return p.operand_type == p.data_type && p.weight_type == p.data_type
+      return p.operand_type == p.data_type
                  ? run.template operator()<__nv_bfloat16, TensorCore<__nv_bfloat16>>()
                  : run.template operator()<__nv_bfloat16, MultiplyAdd<float>>();
     case DataType::kFloat16:
-      return p.operand_type == p.data_type && p.weight_type == p.data_type
-                 ? run.template operator()<__half, TensorCore<__half>>()
-                 : run.template operator()<__half, MultiplyAdd<float>>();
+      return p.operand_type == p.data_type ? run.template operator()<__half, TensorCore<__half>>()
+                                           : run.template operator()<__half, MultiplyAdd<float>>();
   }
 }
 
