@@ -58,13 +58,14 @@ class Forward {
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
         block_rows_(block_rows<C>(problem.hidden_size)),
-        left_stride_(kColumnBlock + kRowPadding<C>),
+        left_stride_(steps<Product>(kColumnBlock) + kRowPadding<C>),
         hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>),
         // The post norm needs a whole row of the second product before it can start.
         out_columns_(pre_ ? kColumnBlock : width_),
         out_stride_(padded<C>(out_columns_) + kRowPadding<C>) {}
 
   void run(int64_t task, int64_t tasks) {
+    [[maybe_unused]] const typename Product::Setup setup;
     const int64_t r = p_.hidden_stride;
     const int64_t down_size = WeightOperand<X, Product>::size(width_, r);
     const int64_t up_size = WeightOperand<X, Product>::size(r, width_);
@@ -132,33 +133,35 @@ class Forward {
     }
   }
 
-  // Turns values in place into what the product takes as a left operand.
-  void make_operand(C* values, int64_t count) const {
-    if constexpr (Product::kElements > 1) {
-      Product::round(values, count);
-    } else {
-      round_operand(p_, values, count);
-    }
+  // Makes a left operand's row of transform(i, values, extent) of the values `from`, which may lie
+  // where the row does.
+  template <class From, class Transform>
+  void make_operand(const From* from, int64_t count, C* to, Transform&& transform) const {
+    for_each_vector<C>(count, [&](int64_t i, auto extent) {
+      Product::store(to, i, transform(i, load<C>(from + i, extent), extent), extent);
+    });
+    pad_row<C, Product>(to, count);
+    if constexpr (Product::kElements == 1) round_operand(p_, to, count);
   }
 
   // hidden = LN(x) downᵀ, or x downᵀ.
   void project_down(int64_t count) {
     // A lone row has the whole buffer: its product reads the weights in their order in memory then.
-    const int64_t block = count > 1 ? kColumnBlock : kMostBlockRows * kColumnBlock;
+    const int64_t block =
+        count > 1 || Product::kStepGroup > 1 ? kColumnBlock : kMostBlockRows * kColumnBlock;
     for (int64_t column = 0; column < width_; column += block) {
       const int64_t columns = std::min(block, width_ - column);
       for (int64_t i = 0; i < count; ++i) {
         C* left = left_ + i * left_stride_;
         if (pre_) {
           const Vector<C> mean = splat<C>(mean_[i]), rstd = splat<C>(rstd_[i]);
-          transform_row<C>(x(i) + column, columns, left, [&](int64_t at, auto v, auto extent) {
+          make_operand(x(i) + column, columns, left, [&](int64_t at, auto v, auto extent) {
             return (v - mean) * rstd * load<C>(norm_weight_ + column + at, extent) +
                    load<C>(norm_bias_ + column + at, extent);
           });
         } else {
-          transform_row<C>(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
+          make_operand(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
         }
-        make_operand(left, columns);
       }
       down_.multiply(count, column, columns, 0, view_.bottleneck, {left_, left_stride_, 1}, hidden_,
                      hidden_stride_, column > 0);
@@ -179,9 +182,8 @@ class Forward {
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
         C* h = hidden_ + i * hidden_stride_;
-        transform_row<C>(
-            h, r, h, [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
-        make_operand(h, r);
+        make_operand(h, r, h,
+                     [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
       }
     });
   }
@@ -273,22 +275,11 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
     const int64_t blocks =
         (plan.active_rows + kTileRows - 1) / kTileRows;  // no task for less than a tile
     const int64_t tasks = std::min(parallel.threads, blocks);
-    const auto run = [&]<class Product>() {
+    with_product<X>(problem, [&]<class Product>() {
       parallel(tasks, [&](int64_t task) {
         Forward<X, Product>(problem, plan, penalties.get()).run(task, tasks);
       });
-    };
-#if defined(__AVX512BF16__)
-    constexpr DataType bfloat16 = DataType::kBFloat16;
-    const bool pairs = problem.weight_type == bfloat16 && problem.operand_type == bfloat16;
-    if constexpr (std::is_same_v<X, BFloat16>) {
-      pairs ? run.template operator()<PairDot>() : run.template operator()<MultiplyAdd<C>>();
-    } else {
-      run.template operator()<MultiplyAdd<C>>();
-    }
-#else
-    run.template operator()<MultiplyAdd<C>>();
-#endif
+    });
   }
   C* aux = static_cast<C*>(problem.aux);
   std::fill(aux, aux + problem.routing.adapters, C(0));
@@ -306,12 +297,19 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
 }  // namespace
 
 void linear_adapter_forward(const LinearAdapterForward& problem, const Parallel& parallel) {
+#if defined(__AVX512BF16__)
+  if (problem.data_type != DataType::kBFloat16) {
+    return avx512::linear_adapter_forward(problem, parallel);
+  }
+  forward<BFloat16>(problem, parallel);
+#else
   switch (problem.data_type) {
     case DataType::kFloat64: return forward<double>(problem, parallel);
     case DataType::kFloat32: return forward<float>(problem, parallel);
     case DataType::kBFloat16: return forward<BFloat16>(problem, parallel);
     case DataType::kFloat16: return forward<Float16>(problem, parallel);
   }
+#endif
 }
 
 }  // namespace ADAPTER_EXT_CPU_LEVEL
