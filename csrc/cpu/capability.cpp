@@ -47,10 +47,9 @@ constexpr Kernels kKernels[] = {
      avx2::fma_loop},
     {Capability::kAvx512, avx512::linear_adapter_forward, avx512::linear_adapter_backward,
      avx512::fma_loop},
-    // The backward has no products of bfloat16 yet.
-    {Capability::kAvx512Bf16, avx512_bf16::linear_adapter_forward, avx512::linear_adapter_backward,
-     avx512::fma_loop},
-    {Capability::kAmxBf16, amx_bf16::linear_adapter_forward, avx512::linear_adapter_backward,
+    {Capability::kAvx512Bf16, avx512_bf16::linear_adapter_forward,
+     avx512_bf16::linear_adapter_backward, avx512::fma_loop},
+    {Capability::kAmxBf16, amx_bf16::linear_adapter_forward, amx_bf16::linear_adapter_backward,
      avx512::fma_loop},
 #endif
 };

@@ -116,8 +116,8 @@ static void unpack_vector(DataType type, const void* from, int64_t count, Accumu
 // A weight matrix as the right operand of products. For many rows it is packed whole, for rows of
 // one block piece by piece as the product needs it, for a single row it is read as it is stored.
 //
-// `Product` says how steps over k are taken. One that takes several elements in a step wants
-// weights of x's type, stored as [columns, k]; left operands are then its steps.
+// `Product` says how steps over k are taken; left operands are its steps. One that takes several
+// elements in a step wants weights of x's type.
 template <class X, class Product = MultiplyAdd<Accumulate<X>>>
 class WeightOperand {
   using C = Accumulate<X>;
@@ -139,7 +139,8 @@ class WeightOperand {
     k_count_ = k_count;
     transposed_ = transposed;
     memory_ = memory;
-    const bool stored = rows == 1 && !rounds_operands(problem) && Product::kStepGroup == 1;
+    const bool stored = rows == 1 && !rounds_operands(problem) && Product::kStepGroup == 1 &&
+                        (transposed || !kPairs);
     mode_ = stored ? kStored : rows <= kMostBlockRows ? kPieces : kWhole;
     if (mode_ == kWhole) pack(0, k_count, 0, columns);
   }
@@ -201,10 +202,8 @@ class WeightOperand {
 
   void pack(int64_t first_k, int64_t k_count, int64_t first_column, int64_t columns) const {
     with_stored(first_k, first_column, [&](const auto* part) {
-      if constexpr (!kPairs) {
-        if (!transposed_) {
-          return pack_same_order<C>(part, stride_, k_count, columns, memory_);
-        }
+      if (!transposed_) {
+        return pack_same_order<C, Product>(part, stride_, k_count, columns, memory_);
       }
       pack_transposed<C, Product>(part, stride_, k_count, columns, memory_);
     });

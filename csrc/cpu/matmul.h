@@ -49,10 +49,19 @@ struct MultiplyAdd {
     return sum + left * right;
   }
   ADAPTER_EXT_HOST_DEVICE static Vector<C> splat(const C* step) { return cpu::splat<C>(*step); }
-  // Makes values element i and those behind it of a left operand's row.
+  ADAPTER_EXT_HOST_DEVICE static Vector<C> round(Vector<C> values) { return values; }
+  // Elements i and on of a left operand's row.
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static Vector<C> element(const C* row, int64_t i, Extent extent) {
+    return cpu::load<C>(row + i, extent);
+  }
   template <class Extent>
   ADAPTER_EXT_HOST_DEVICE static void store(C* row, int64_t i, Vector<C> values, Extent extent) {
     cpu::store<C>(row + i, values, extent);
+  }
+  // Makes a step of a right operand of its elements, a row each.
+  ADAPTER_EXT_HOST_DEVICE static void store_step(C* to, const Vector<C> (&elements)[1]) {
+    cpu::store<C>(to, elements[0]);
   }
   // Steps k, k + 1, ... of a row of `count` elements.
   template <class W, class Extent>
@@ -86,11 +95,37 @@ struct PairDot {
     const __mmask32 mask = left >= most ? ~__mmask32{0} : left > 0 ? (__mmask32{1} << left) - 1 : 0;
     return bit_cast<V>(_mm512_maskz_loadu_epi16(mask, row + kElements * k));
   }
-  // Rows have room for whole vectors; see pad_row.
-  template <class Extent>
-  ADAPTER_EXT_HOST_DEVICE static void store(float* row, int64_t i, V values, Extent) {
+  // What the product takes the values for.
+  ADAPTER_EXT_HOST_DEVICE static V round(V values) {
     const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(values));
-    std::memcpy(reinterpret_cast<BFloat16*>(row) + i, &narrow, sizeof(narrow));
+    return bit_cast<V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(narrow)), 16));
+  }
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static V element(const float* row, int64_t i, Extent extent) {
+    return cpu::load<float>(reinterpret_cast<const BFloat16*>(row) + i, extent);
+  }
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static void store(float* row, int64_t i, V values, Extent extent) {
+    const __m256i narrow = bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(values)));
+    BFloat16* to = reinterpret_cast<BFloat16*>(row) + i;
+    if constexpr (std::is_same_v<Extent, FullVector>) {
+      std::memcpy(to, &narrow, sizeof(narrow));
+    } else {
+      const auto mask = static_cast<__mmask16>((1u << extent.count) - 1);
+      _mm256_mask_storeu_epi16(to, mask, narrow);
+    }
+  }
+  ADAPTER_EXT_HOST_DEVICE static void store_step(float* to, const V (&elements)[2]) {
+    const __m512bh halves =
+        _mm512_cvtne2ps_pbh(bit_cast<__m512>(elements[1]), bit_cast<__m512>(elements[0]));
+    cpu::store<float>(to, pair_halves(bit_cast<__m512i>(halves)));
+  }
+  // The low half's elements each beside the high half's.
+  ADAPTER_EXT_HOST_DEVICE static V pair_halves(__m512i halves) {
+    alignas(64) static constexpr uint16_t order[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return bit_cast<V>(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
   }
 };
 #endif
@@ -150,19 +185,16 @@ ADAPTER_EXT_HOST_DEVICE void pad_row(C* row, int64_t count) {
   }
 }
 
-// A left operand: element (row, k) is data[row * row_stride + k * k_stride], or with k in panels
-// data[row * row_stride + k / kPanel * panel_stride + k % kPanel * k_stride].
+// A left operand: element (row, k) is data[row * row_stride + k * k_stride].
 template <class C>
 struct LeftOperand {
   const C* data;
   int64_t row_stride;
   int64_t k_stride;
-  int64_t panel_stride = kPanel<C> * k_stride;
 
-  // The part that starts at a row and at a k, a multiple of the panel width.
+  // The part that starts at a row and at a k.
   ADAPTER_EXT_HOST_DEVICE LeftOperand from(int64_t row, int64_t k) const {
-    return {data + row * row_stride + k / kPanel<C> * panel_stride, row_stride, k_stride,
-            panel_stride};
+    return {data + row * row_stride + k * k_stride, row_stride, k_stride};
   }
 };
 
@@ -180,20 +212,17 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, 
                  int64_t out_row, bool accumulate) {
   using V = Vector<C>;
   V sum[rows][vectors] = {};
-  for (int64_t panel = 0; panel < k_count; panel += kPanel<C>, left.data += left.panel_stride) {
-    const C* a = left.data;
-    const int64_t end = std::min(kPanel<C>, k_count - panel);
-    for (int64_t k = 0; k < end; ++k, a += left.k_stride, b += b_k) {
-      V right[vectors];
+  const C* a = left.data;
+  for (int64_t k = 0; k < k_count; ++k, a += left.k_stride, b += b_k) {
+    V right[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
+    for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
 #pragma GCC unroll 16
-      for (int row = 0; row < rows; ++row) {
-        const V value = Product::splat(a + row * left.row_stride);
+    for (int row = 0; row < rows; ++row) {
+      const V value = Product::splat(a + row * left.row_stride);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          sum[row][v] = Product::add(sum[row][v], value, right[v]);
-        }
+      for (int v = 0; v < vectors; ++v) {
+        sum[row][v] = Product::add(sum[row][v], value, right[v]);
       }
     }
   }
@@ -316,26 +345,26 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand
 
 // ---- Packing of a weight matrix, stored as W, into a right operand of panels [k][kPanel].
 
-// Packs [k, columns], rows `stride` apart.
-template <class C, class W>
-static void pack_same_order(const W* from, int64_t stride, int64_t k_count, int64_t columns,
+// Packs [elements of k, columns], rows `stride` apart, to steps of the product.
+template <class C, class Product = MultiplyAdd<C>, class W>
+static void pack_same_order(const W* from, int64_t stride, int64_t elements, int64_t columns,
                             C* to) {
-  const int64_t panel_size = k_count * kPanel<C>;
+  constexpr int in_step = Product::kElements;
+  const int64_t k_count = steps<Product>(elements), panel_size = k_count * kPanel<C>;
   for (int64_t k = 0; k < k_count; ++k) {
-    const W* source = from + k * stride;
-    C* panel = to + k * kPanel<C>;
-    int64_t column = 0;
-    for (; column + kPanel<C> <= columns; column += kPanel<C>, panel += panel_size) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) {
-        store<C>(panel + v * kLanes<C>, load<C>(source + column + v * kLanes<C>));
+    const int64_t present = std::min<int64_t>(in_step, elements - k * in_step);
+    const auto pack = [&](int64_t column, auto extent) {
+      Vector<C> step[in_step] = {};
+#pragma GCC unroll 2
+      for (int i = 0; i < in_step; ++i) {
+        if (i < present) step[i] = load<C>(from + (k * in_step + i) * stride + column, extent);
       }
-    }
-    for (int64_t lane = 0; column < columns && lane < kPanel<C>; lane += kLanes<C>) {
-      const int64_t left = std::min<int64_t>(columns - column - lane, kLanes<C>);
-      store<C>(panel + lane,
-               left > 0 ? load<C>(source + column + lane, PartialVector{left}) : Vector<C>{});
-    }
+      C* panel = to + column / kPanel<C> * panel_size + k * kPanel<C>;
+      Product::store_step(panel + column % kPanel<C>, step);
+    };
+    for_each_vector<C>(columns, pack);
+    const int64_t end = (columns + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+    if (end < padded<C>(columns)) pack(end, PartialVector{0});
   }
 }
 
