@@ -25,7 +25,7 @@ TOLERANCES = {
 }
 
 # Tensor cores round all operands of 16-bit products to 16 bits, gradients too, and so do the CPU
-# levels that multiply in bfloat16, which others do not. Behind a post norm of one bottleneck element
+# levels that multiply in bfloat16; others do not. Behind a post norm of one bottleneck element
 # gradients are small differences of them: up to twice the tolerance was seen there.
 TENSOR_CORE_FACTOR = 3.0
 

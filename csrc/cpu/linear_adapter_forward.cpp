@@ -45,6 +45,58 @@ void moments(const X* row, int64_t count, double eps, C* mean_out, C* rstd_out) 
   *rstd_out = C(1) / std::sqrt(variance + static_cast<C>(eps));
 }
 
+#if defined(__AVX512BF16__)
+// The same for bfloat16, which dot products with ones add and whose pairs are converted together.
+void moments(const BFloat16* row, int64_t count, double eps, float* mean_out, float* rstd_out) {
+  constexpr int chains = 4, in_vector = 2 * kLanes<float>;
+  const auto pairs = [&](int64_t i) {
+    const int64_t left = count - i;
+    const __mmask32 mask = left >= in_vector ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+    return _mm512_maskz_loadu_epi16(mask, row + i);
+  };
+  const __m512bh ones = bit_cast<__m512bh>(_mm512_set1_epi16(0x3F80));
+  __m512 sum[chains] = {};
+  int64_t i = 0;
+  for (; i + chains * in_vector <= count; i += chains * in_vector) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < chains; ++chain) {
+      const __m512bh v = bit_cast<__m512bh>(_mm512_loadu_si512(row + i + chain * in_vector));
+      sum[chain] = _mm512_dpbf16_ps(sum[chain], v, ones);
+    }
+  }
+  for (; i < count; i += in_vector) {
+    sum[0] = _mm512_dpbf16_ps(sum[0], bit_cast<__m512bh>(pairs(i)), ones);
+  }
+  const auto total = [&] {
+    const __m512 all = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+    return horizontal_sum<float>(bit_cast<Vector<float>>(all));
+  };
+  const float mean = total() / static_cast<float>(count);
+  const __m512 means = _mm512_set1_ps(mean);
+  for (__m512& s : sum) s = _mm512_setzero_ps();
+  const auto add_squares = [&](__m512i v, __mmask16 low, __mmask16 high, __m512& a, __m512& b) {
+    const __m512 even = bit_cast<__m512>(_mm512_slli_epi32(v, 16));
+    const __m512 odd = bit_cast<__m512>(_mm512_and_si512(v, _mm512_set1_epi32(~0xFFFF)));
+    const __m512 x = _mm512_maskz_sub_ps(low, even, means),
+                 y = _mm512_maskz_sub_ps(high, odd, means);
+    a = _mm512_fmadd_ps(x, x, a);
+    b = _mm512_fmadd_ps(y, y, b);
+  };
+  constexpr __mmask16 all = 0xFFFF;
+  for (i = 0; i + 2 * in_vector <= count; i += 2 * in_vector) {
+    add_squares(_mm512_loadu_si512(row + i), all, all, sum[0], sum[1]);
+    add_squares(_mm512_loadu_si512(row + i + in_vector), all, all, sum[2], sum[3]);
+  }
+  for (; i < count; i += in_vector) {
+    const int64_t left = std::min<int64_t>(count - i, in_vector);
+    const auto first = [](int64_t lanes) { return static_cast<__mmask16>((1u << lanes) - 1); };
+    add_squares(pairs(i), first((left + 1) / 2), first(left / 2), sum[0], sum[1]);
+  }
+  *mean_out = mean;
+  *rstd_out = 1.0f / std::sqrt(total() / static_cast<float>(count) + static_cast<float>(eps));
+}
+#endif
+
 template <class X, class Product = MultiplyAdd<Accumulate<X>>>
 class Forward {
   using C = Accumulate<X>;
@@ -155,9 +207,9 @@ class Forward {
         C* left = left_ + i * left_stride_;
         if (pre_) {
           const Vector<C> mean = splat<C>(mean_[i]), rstd = splat<C>(rstd_[i]);
+          const C *weight = norm_weight_ + column, *bias = norm_bias_ + column;
           make_operand(x(i) + column, columns, left, [&](int64_t at, auto v, auto extent) {
-            return (v - mean) * rstd * load<C>(norm_weight_ + column + at, extent) +
-                   load<C>(norm_bias_ + column + at, extent);
+            return (v - mean) * rstd * load<C>(weight + at, extent) + load<C>(bias + at, extent);
           });
         } else {
           make_operand(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
@@ -211,19 +263,20 @@ class Forward {
       const Vector<C> scale = splat<C>(static_cast<C>(plan_.depth_scale));
       const X* from = x(i) + column;
       X* to = y(i) + column;
+      const C *weight = norm_weight_ + column, *bias = norm_bias_ + column, *mask = mask_;
+      const bool residual = p_.residual, penalized = penalties_ != nullptr;
       Vector<C> squares = {};
       for_each_vector<C>(columns, [&](int64_t at, auto extent) {
         Vector<C> d = load<C>(o + at, extent);
         if constexpr (post) {
-          d = (d - mean) * rstd * load<C>(norm_weight_ + column + at, extent) +
-              load<C>(norm_bias_ + column + at, extent);
+          d = (d - mean) * rstd * load<C>(weight + at, extent) + load<C>(bias + at, extent);
         }
-        if constexpr (masked) d *= load<C>(mask_ + at, extent);
+        if constexpr (masked) d *= load<C>(mask + at, extent);
         d *= scale;
-        squares += d * d;
-        store<C>(to + at, p_.residual ? load<C>(from + at, extent) + d : d, extent);
+        if (penalized) squares += d * d;
+        store<C>(to + at, residual ? load<C>(from + at, extent) + d : d, extent);
       });
-      if (penalties_) penalty_[i] += horizontal_sum<C>(squares);
+      if (penalized) penalty_[i] += horizontal_sum<C>(squares);
     };
     if (dropout_.active()) {
       pre_ ? with_options.template operator()<true, false>()
