@@ -109,7 +109,7 @@ class Forward {
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
-        block_rows_(block_rows<C>(problem.hidden_size)),
+        block_rows_(block_rows<C, Product>(problem.hidden_size)),
         left_stride_(steps<Product>(kColumnBlock) + kRowPadding<C>),
         hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>),
         // The post norm needs a whole row of the second product before it can start.
@@ -199,8 +199,7 @@ class Forward {
   // hidden = LN(x) downᵀ, or x downᵀ.
   void project_down(int64_t count) {
     // A lone row has the whole buffer: its product reads the weights in their order in memory then.
-    const int64_t block =
-        count > 1 || Product::kStepGroup > 1 ? kColumnBlock : kMostBlockRows * kColumnBlock;
+    const int64_t block = count > 1 ? kColumnBlock : kMostBlockRows * kColumnBlock;
     for (int64_t column = 0; column < width_; column += block) {
       const int64_t columns = std::min(block, width_ - column);
       for (int64_t i = 0; i < count; ++i) {

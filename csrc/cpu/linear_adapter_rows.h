@@ -21,9 +21,11 @@ inline constexpr int64_t kRowPadding = 64 / static_cast<int64_t>(sizeof(C));
 
 inline constexpr int64_t kMostBlockRows = 96;
 
-// Rows of a block: as many as keep x, and scratch of its size, in a second-level cache.
-template <class C>
+// Rows of a block: as many as keep x, and scratch of its size, in a second-level cache. Tiles are
+// so fast that reading the weights for few rows would take longer than their products.
+template <class C, class Product>
 ADAPTER_EXT_HOST_DEVICE int64_t block_rows(int64_t hidden_size) {
+  if (Product::kStepGroup > 1) return kMostBlockRows;
   const int64_t fitting = (192 << 10) / (hidden_size * static_cast<int64_t>(sizeof(C)));
   return std::clamp<int64_t>(fitting / kTileRows * kTileRows, 48, kMostBlockRows);
 }
@@ -139,8 +141,7 @@ class WeightOperand {
     k_count_ = k_count;
     transposed_ = transposed;
     memory_ = memory;
-    const bool stored = rows == 1 && !rounds_operands(problem) && Product::kStepGroup == 1 &&
-                        (transposed || !kPairs);
+    const bool stored = rows == 1 && !rounds_operands(problem) && (transposed || !kPairs);
     mode_ = stored ? kStored : rows <= kMostBlockRows ? kPieces : kWhole;
     if (mode_ == kWhole) pack(0, k_count, 0, columns);
   }
@@ -165,6 +166,11 @@ class WeightOperand {
                                               accumulate);
           }
         }
+#if defined(__AMX_BF16__)
+        if constexpr (kPairs) {
+          return multiply_row_tiles(columns, k_count, left.data, part, stride_, out, accumulate);
+        }
+#endif
         multiply_row_transposed<C, Product>(columns, k_count, left.data, part, stride_, out,
                                             accumulate);
       });

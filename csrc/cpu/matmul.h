@@ -120,6 +120,22 @@ struct PairDot {
         _mm512_cvtne2ps_pbh(bit_cast<__m512>(elements[1]), bit_cast<__m512>(elements[0]));
     cpu::store<float>(to, pair_halves(bit_cast<__m512i>(halves)));
   }
+  // A step of elements that are bfloat16 already, a vector of columns; null: zero.
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static V load_step(const BFloat16* even, const BFloat16* odd,
+                                             Extent extent) {
+    const auto load_row = [&](const BFloat16* row) {
+      if constexpr (std::is_same_v<Extent, FullVector>) {
+        return row ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))
+                   : _mm256_setzero_si256();
+      } else {
+        const auto mask = static_cast<__mmask16>(row ? (1u << extent.count) - 1 : 0u);
+        return _mm256_maskz_loadu_epi16(mask, row);
+      }
+    };
+    return pair_halves(
+        _mm512_inserti64x4(_mm512_castsi256_si512(load_row(even)), load_row(odd), 1));
+  }
   // The low half's elements each beside the high half's.
   ADAPTER_EXT_HOST_DEVICE static V pair_halves(__m512i halves) {
     alignas(64) static constexpr uint16_t order[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
@@ -354,13 +370,14 @@ static void pack_same_order(const W* from, int64_t stride, int64_t elements, int
   for (int64_t k = 0; k < k_count; ++k) {
     const int64_t present = std::min<int64_t>(in_step, elements - k * in_step);
     const auto pack = [&](int64_t column, auto extent) {
-      Vector<C> step[in_step] = {};
-#pragma GCC unroll 2
-      for (int i = 0; i < in_step; ++i) {
-        if (i < present) step[i] = load<C>(from + (k * in_step + i) * stride + column, extent);
+      const W* source = from + k * in_step * stride + column;
+      C* to_step = to + column / kPanel<C> * panel_size + k * kPanel<C> + column % kPanel<C>;
+      if constexpr (in_step == 1) {
+        store<C>(to_step, load<C>(source, extent));
+      } else {
+        store<C>(to_step, Product::load_step(present > 0 ? source : nullptr,
+                                             present > 1 ? source + stride : nullptr, extent));
       }
-      C* panel = to + column / kPanel<C> * panel_size + k * kPanel<C>;
-      Product::store_step(panel + column % kPanel<C>, step);
     };
     for_each_vector<C>(columns, pack);
     const int64_t end = (columns + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
@@ -508,6 +525,50 @@ static void multiply_row_transposed(int64_t columns, int64_t elements, const C* 
   };
   for_each_vector<C>(columns, some_columns);
 }
+
+#if defined(__AMX_BF16__)
+// out [columns] (+)= left [elements] Wᵀ, W [columns, elements]: W is the left operand, and its
+// product with the row the first column of the result.
+static void multiply_row_tiles(int64_t columns, int64_t elements, const float* left,
+                               const BFloat16* weights, int64_t stride, float* out,
+                               bool accumulate) {
+  constexpr int tile = TileDot::kTile;
+  constexpr int64_t depth = TileDot::kElements * tile;
+  alignas(64) float sums[tile][tile] = {};
+  alignas(64) BFloat16 edge[tile][depth];
+  left = TileDot::order_memory(left);
+  for (int64_t column = 0; column < columns; column += tile) {
+    const int64_t rows = std::min<int64_t>(tile, columns - column);
+    const bool prefetch = column + 3 * tile <= columns;
+    _tile_zero(0);
+    if (accumulate) {
+      for (int64_t i = 0; i < rows; ++i) sums[i][0] = out[column + i];
+      _tile_loadd(0, TileDot::order_memory(&sums[0][0]), sizeof(sums[0]));
+    }
+    for (int64_t k = 0; k < elements; k += depth) {
+      const int64_t count = std::min(depth, elements - k);
+      const BFloat16* from = weights + column * stride + k;
+      if (rows == tile && count == depth) {
+        for (int i = 0; prefetch && i < tile; ++i) {
+          __builtin_prefetch(from + (i + 2 * tile) * stride);
+        }
+        _tile_loadd(4, from, stride * static_cast<int64_t>(sizeof(BFloat16)));
+      } else {
+        std::memset(edge, 0, sizeof(edge));
+        for (int64_t i = 0; i < rows; ++i) {
+          std::copy(from + i * stride, from + i * stride + count, edge[i]);
+        }
+        _tile_loadd(4, TileDot::order_memory(&edge[0][0]), sizeof(edge[0]));
+      }
+      // Steps one after the other: what is behind a tile's first column does not matter.
+      _tile_loadd(6, left + k / TileDot::kElements, sizeof(float));
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, &sums[0][0], sizeof(sums[0]));
+    for (int64_t i = 0; i < rows; ++i) out[column + i] = sums[i][0];
+  }
+}
+#endif
 
 // out [columns] (+)= left [k] W, W [k, columns].
 template <class C, class W>
