@@ -25,14 +25,17 @@ namespace {
 template <class C, class Product>
 class RowMatrix {
  public:
-  static constexpr int64_t kRows = 96;  // a multiple of every register tile and group of steps
+  static constexpr bool kPairs = Product::kElements > 1;
+  // Rows summed at a time: a multiple of every register tile and group of steps. Products of pairs
+  // are so fast that their sums would be loaded and stored too often with few.
+  static constexpr int64_t kRows = kPairs ? 192 : 96;
 
   RowMatrix(const Plan& plan, int64_t columns)
       : plan_(plan),
         stride_(steps<Product>(columns) + kRowPadding<C>),
         columns_((columns + kMostTileRows - 1) / kMostTileRows * kMostTileRows),
         rows_(allocate((plan.active_rows + kMostTileRows) * stride_)) {
-    if constexpr (kTransposes) {
+    if constexpr (kPairs) {
       int64_t all = 0;
       for (const Segment& segment : plan.segments) {
         first_step_.push_back(all);
@@ -55,7 +58,7 @@ class RowMatrix {
 
   // The transpose of the kRows rows from the first on.
   LeftOperand<C> transposed(const Segment& segment, int64_t first) const {
-    if constexpr (!kTransposes) {
+    if constexpr (!kPairs) {
       return {row(segment, first), 1, stride_};
     } else {
       return {block(segment, first), block_steps(segment, first), 1};
@@ -65,7 +68,7 @@ class RowMatrix {
   // Sets the transpose of some rows: where elements are paired in steps, it is a matrix of its own.
   void set_transposed(const Segment& segment, int64_t first, int64_t count, int64_t columns,
                       const C* from, int64_t from_stride) {
-    if constexpr (kTransposes) {
+    if constexpr (kPairs) {
       constexpr int lanes = kLanes<C>;
       int64_t part;
       for (int64_t i = first; i < first + count; i += part) {
@@ -95,7 +98,6 @@ class RowMatrix {
   }
 
  private:
-  static constexpr bool kTransposes = Product::kElements > 1;
   static constexpr int64_t kMostTileRows = 16;
 
   struct Free {
@@ -167,6 +169,10 @@ struct OutputGradient {
            static_cast<double>(segment.adapter_samples);
   }
   bool penalized() const { return kappa[0] != C(0); }
+  // Whether do is dy.
+  bool stored(const Dropout& dropout) const {
+    return !penalized() && !dropout.active() && scale[0] == C(1);
+  }
 };
 
 template <class X, class Product>
@@ -239,7 +245,9 @@ class RowPass {
     unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
     unpack_vector<X>(p_.weight_type, view_.norm_bias, width_, norm_bias_);
     wants_hidden_ = Wanted(p_, segment.adapter, pre_).hidden_gradient;
-    wants_out_ = !pre_ || OutputGradient<C>(p_, plan_, segment).penalized();
+    const OutputGradient<C> of_output(p_, plan_, segment);
+    wants_out_ = !pre_ || of_output.penalized();
+    stored_ = pre_ && of_output.stored(dropout_);
     if (wants_hidden_) {
       up_.prepare(p_, view_.up, view_.up_stride, width_, r, false, rows, packed_up_);
     }
@@ -309,15 +317,10 @@ class RowPass {
     results_.activated.set_transposed(segment, first, count, r, activated_, hidden_stride_);
   }
 
-  // Whether do is dy.
-  bool gradient_is_stored() const {
-    return pre_ && !wants_out_ && !dropout_.active() && plan_.depth_scale == 1.0;
-  }
-
   // do of the rows from the first on where that is a left operand as it is stored, else null.
   const C* stored_gradient(const Segment& segment, int64_t first) const {
     if constexpr (std::is_same_v<X, C>) {
-      if (gradient_is_stored() && !segment.samples.list) {
+      if (stored_ && !segment.samples.list) {
         return static_cast<const C*>(p_.grad_y) + row(segment, first) * width_;
       }
     }
@@ -330,7 +333,7 @@ class RowPass {
     const int64_t at = row(segment, i);
     const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
     if constexpr (kPairs) {
-      if (gradient_is_stored()) {
+      if (stored_) {
         std::memcpy(gradient, grad_y, static_cast<size_t>(columns) * sizeof(X));
         return pad_row<C, Product>(gradient, columns);
       }
@@ -419,6 +422,7 @@ class RowPass {
   const Segment* prepared_ = nullptr;
   AdapterView view_;
   bool wants_hidden_, wants_out_;
+  bool stored_;  // do is dy
   Weights up_, up_transposed_;
   C *packed_up_, *packed_up_transposed_, *norm_weight_, *norm_bias_, *down_weight_, *down_bias_,
       *gradient_, *out_, *activated_, *hidden_gradient_, *mask_;
@@ -428,9 +432,11 @@ template <class X, class Product>
 class ColumnPass {
   using C = Accumulate<X>;
   using Weights = WeightOperand<X, Product>;
+  static constexpr bool kPairs = Product::kElements > 1;
 
   static constexpr int64_t kColumns = 64;  // a multiple of every panel width
   static constexpr int64_t kMostColumns = 4 * kColumns;
+  static constexpr int64_t kWide = kPairs ? 4 : 2;  // of them, in wide tiles
   static constexpr int64_t kRows = RowMatrix<C, Product>::kRows;
 
  public:
@@ -442,9 +448,9 @@ class ColumnPass {
 
     Tiles(const LinearAdapterBackward& problem, const Plan& plan, int64_t tasks)
         : hidden_size(problem.hidden_size), columns(kColumns) {
-      const int64_t wide = hidden_size / (2 * kColumns);
+      const int64_t wide = hidden_size / (kWide * kColumns);
       const bool enough = wide * static_cast<int64_t>(plan.segments.size()) >= tasks;
-      if (problem.hidden_stride <= kMostColumns && enough) columns = 2 * kColumns;
+      if (problem.hidden_stride <= kMostColumns && enough) columns = kWide * kColumns;
     }
     int64_t width(const Segment& segment) const {
       return segment.rows <= kRows / 4 ? kMostColumns : columns;
@@ -465,10 +471,10 @@ class ColumnPass {
         width_(problem.hidden_size) {
     const int64_t r = padded<C>(p_.hidden_stride);  // a multiple of every register tile's rows
     const int64_t weights = Weights::size(p_.hidden_stride, kMostColumns);
-    const int64_t operand = steps<Product>(kRows) * 2 * kColumns;
+    const int64_t operand = steps<Product>(kRows) * kWide * kColumns;
     Scratch scratch(1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * kMostColumns) +
                            Scratch::bytes<C>(r) + 2 * Scratch::bytes<C>(operand) +
-                           2 * Scratch::bytes<C>(kRows * 2 * kColumns) +
+                           2 * Scratch::bytes<C>(kRows * kWide * kColumns) +
                            7 * Scratch::bytes<C>(kMostColumns));
     packed_down_ = scratch.take<C>(weights);
     packed_up_ = scratch.take<C>(weights);
@@ -477,8 +483,8 @@ class ColumnPass {
     hidden_sum_ = scratch.take<C>(r);
     x_ = scratch.take<C>(operand);
     gradient_ = scratch.take<C>(operand);
-    out_ = scratch.take<C>(kRows * 2 * kColumns);
-    product_ = scratch.take<C>(kRows * 2 * kColumns);
+    out_ = scratch.take<C>(kRows * kWide * kColumns);
+    product_ = scratch.take<C>(kRows * kWide * kColumns);
     norm_weight_ = scratch.take<C>(kMostColumns);
     norm_bias_ = scratch.take<C>(kMostColumns);
     norm_weight_sum_ = scratch.take<C>(kMostColumns);
@@ -627,6 +633,11 @@ class ColumnPass {
   // do (pre) or du (post), and the post norm's own gradients.
   void load_gradient(const Segment& segment, int64_t first, int64_t count, int64_t column,
                      int64_t columns, const OutputGradient<C>& of_output) {
+    if constexpr (kPairs) {
+      if (pre_ && of_output.stored(dropout_)) {
+        return load_stored_gradient(segment, first, count, column, columns);
+      }
+    }
     const bool masked = dropout_.active();
     const bool penalized = of_output.penalized();
     load_right(count, columns, gradient_, [&](int64_t i) {
@@ -659,6 +670,24 @@ class ColumnPass {
     });
   }
 
+  // do where it is dy, which needs no rounding.
+  void load_stored_gradient(const Segment& segment, int64_t first, int64_t count, int64_t column,
+                            int64_t columns) {
+    const auto grad_y = [&](int64_t i) {
+      if (i >= count) return static_cast<const X*>(nullptr);
+      prefetch_row(segment, first + i, p_.grad_y, column, columns);
+      return static_cast<const X*>(p_.grad_y) + row(segment, first + i) * width_ + column;
+    };
+    for (int64_t step = 0; step < steps<Product>(count); ++step) {
+      const X *even = grad_y(2 * step), *odd = grad_y(2 * step + 1);
+      C* to = gradient_ + step * stride_;
+      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+        store<C>(to + c,
+                 Product::load_step(even ? even + c : nullptr, odd ? odd + c : nullptr, extent));
+      });
+    }
+  }
+
   // Σ dh over a segment's rows.
   void sum_hidden_gradient(const Segment& segment) {
     const int64_t r = view_.bottleneck;
@@ -684,14 +713,16 @@ class ColumnPass {
       const C* sums = results_.sums.get() + 2 * (segment.first_position + first + i);
       const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
       const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
+      const Vector<C> sum = splat<C>(sums[0]), product_sum = splat<C>(sums[1]);
+      const C *product = product_ + i * stride_, *weight = norm_weight_;
+      const bool pre = pre_, residual = p_.residual;
       for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-        Vector<C> d = load<C>(product_ + i * stride_ + c, extent);
-        if (pre_) {
+        Vector<C> d = load<C>(product + c, extent);
+        if (pre) {
           const Vector<C> normalized = (load<C>(x + c, extent) - mean) * rstd;
-          d = rstd * (d * load<C>(norm_weight_ + c, extent) - splat<C>(sums[0]) -
-                      normalized * splat<C>(sums[1]));
+          d = rstd * (d * load<C>(weight + c, extent) - sum - normalized * product_sum);
         }
-        if (p_.residual) d += load<C>(grad_y + c, extent);
+        if (residual) d += load<C>(grad_y + c, extent);
         store<C>(to + c, d, extent);
       });
     }
