@@ -7,10 +7,6 @@
 
 #include <algorithm>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "cpu/vector.h"
 
 namespace adapter_ext::cpu {
