@@ -1,7 +1,8 @@
 # Compiles kernel sources once for each instruction set, into namespaces of their own; the library
 # picks one when it is loaded (csrc/cpu/capability.cpp).
 
-# Sources behind BFLOAT16 are also compiled for AVX-512 with products of bfloat16.
+# Sources behind BFLOAT16 are also compiled for the levels that multiply in bfloat16: AVX-512 with
+# dot products of pairs, and AMX with those of tiles.
 function(adapter_ext_add_cpu_levels target)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "BFLOAT16")
   # The baseline comes first: should two levels share an inline function of the standard library,
@@ -9,7 +10,7 @@ function(adapter_ext_add_cpu_levels target)
   set(levels baseline)
   set(flags_baseline "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
-    list(APPEND levels avx2 avx512 avx512_bf16)
+    list(APPEND levels avx2 avx512 avx512_bf16 amx_bf16)
     set(flags_avx2 -mavx2 -mfma -mf16c)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq
       -mprefer-vector-width=512)
@@ -18,11 +19,12 @@ function(adapter_ext_add_cpu_levels target)
       list(APPEND flags_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
     endif()
     set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16)
+    set(flags_amx_bf16 ${flags_avx512_bf16} -mamx-tile -mamx-bf16)
     target_compile_definitions(${target} PRIVATE ADAPTER_EXT_X86_LEVELS)
   endif()
   foreach(level IN LISTS levels)
     set(sources ${arg_UNPARSED_ARGUMENTS} ${arg_BFLOAT16})
-    if(level STREQUAL "avx512_bf16")
+    if(level MATCHES "_bf16$")
       set(sources ${arg_BFLOAT16})
     endif()
     add_library(${target}_${level} OBJECT ${sources})

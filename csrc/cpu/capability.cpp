@@ -3,6 +3,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(ADAPTER_EXT_X86_LEVELS)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "cpu/linear_adapter.h"
 
 // Each level's copy of the kernels; see kernels.h.
@@ -17,6 +25,7 @@ ADAPTER_EXT_DECLARE_LEVEL(baseline)
 ADAPTER_EXT_DECLARE_LEVEL(avx2)
 ADAPTER_EXT_DECLARE_LEVEL(avx512)
 ADAPTER_EXT_DECLARE_LEVEL(avx512_bf16)
+ADAPTER_EXT_DECLARE_LEVEL(amx_bf16)
 #endif
 #undef ADAPTER_EXT_DECLARE_LEVEL
 
@@ -38,11 +47,32 @@ constexpr Kernels kKernels[] = {
      avx2::fma_loop},
     {Capability::kAvx512, avx512::linear_adapter_forward, avx512::linear_adapter_backward,
      avx512::fma_loop},
-    // The backward has no products of bfloat16 yet.
-    {Capability::kAvx512Bf16, avx512_bf16::linear_adapter_forward, avx512::linear_adapter_backward,
+    {Capability::kAvx512Bf16, avx512_bf16::linear_adapter_forward,
+     avx512_bf16::linear_adapter_backward, avx512::fma_loop},
+    {Capability::kAmxBf16, amx_bf16::linear_adapter_forward, amx_bf16::linear_adapter_backward,
      avx512::fma_loop},
 #endif
 };
+
+#if defined(ADAPTER_EXT_X86_LEVELS)
+// Whether the machine has tiles and the kernel lets this process use them: their registers are so
+// large that Linux saves them for those alone that ask.
+bool has_amx_bf16() {
+  constexpr unsigned bf16_bit = 1u << 22, tile_bit = 1u << 24;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bf16_bit) || !(d & tile_bit)) return false;
+  constexpr unsigned tile_state = 3u << 17;  // of XCR0: the tiles' configuration and data
+  unsigned enabled, high;
+  __asm__("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
+  if ((enabled & tile_state) != tile_state) return false;
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool machine_has(Capability capability) {
 #if defined(ADAPTER_EXT_X86_LEVELS)
@@ -56,6 +86,8 @@ bool machine_has(Capability capability) {
     case Capability::kAvx2: return avx2;
     case Capability::kAvx512: return avx512;
     case Capability::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Capability::kAmxBf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx_bf16();
   }
 #endif
   return capability == Capability::kBaseline;
@@ -106,6 +138,7 @@ const char* name(Capability capability) {
     case Capability::kAvx2: return "avx2";
     case Capability::kAvx512: return "avx512";
     case Capability::kAvx512Bf16: return "avx512_bf16";
+    case Capability::kAmxBf16: return "amx_bf16";
   }
   return "unknown";
 }

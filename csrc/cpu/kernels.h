@@ -5,6 +5,15 @@
 #include "cpu/plan.h"
 
 namespace adapter_ext::cpu {
+
+#if defined(__AVX512BF16__)
+// The levels that multiply in bfloat16 leave other types of x to this one.
+namespace avx512 {
+void linear_adapter_forward(const LinearAdapterForward& problem, const Parallel& parallel);
+void linear_adapter_backward(const LinearAdapterBackward& problem, const Parallel& parallel);
+}  // namespace avx512
+#endif
+
 inline namespace ADAPTER_EXT_CPU_LEVEL {
 
 void linear_adapter_forward(const LinearAdapterForward& problem, const Parallel& parallel);

@@ -7,8 +7,11 @@
 // with c1 = down γ, c0 = down β. With dn = dh down: dγ = Σ dn ⊙ x̂, dβ = Σ dn, and
 // d_down = γ ⊙ (dhᵀ x̂) + (Σ dh) ⊗ β.
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/linear_adapter_rows.h"
@@ -17,39 +20,120 @@ namespace adapter_ext::cpu {
 inline namespace ADAPTER_EXT_CPU_LEVEL {
 namespace {
 
-// What the first pass leaves for the second, by active row. The two matrices are kept as the second
-// pass multiplies with them: each block of kRows rows of a segment as a right operand in panels.
-template <class C>
-struct RowResults {
-  static constexpr int64_t kRows = 120;  // a multiple of every register tile
+// A matrix with a row for each active row, which the first pass makes for the second. It is a left
+// operand, and so is its transpose for the sums over rows.
+template <class C, class Product>
+class RowMatrix {
+ public:
+  static constexpr bool kPairs = Product::kElements > 1;
+  // Rows summed at a time: a multiple of every register tile and group of steps. Products of pairs
+  // are so fast that their sums would be loaded and stored too often with few.
+  static constexpr int64_t kRows = kPairs ? 192 : 96;
 
-  int64_t stride;      // elements of a row, whole panels
-  C* hidden_gradient;  // dh
-  C* activated;        // z
-  C* sums;             // [active rows, 2]: pre: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
+  RowMatrix(const Plan& plan, int64_t columns)
+      : plan_(plan),
+        stride_(steps<Product>(columns) + kRowPadding<C>),
+        columns_((columns + kMostTileRows - 1) / kMostTileRows * kMostTileRows),
+        rows_(allocate((plan.active_rows + kMostTileRows) * stride_)) {
+    if constexpr (kPairs) {
+      int64_t all = 0;
+      for (const Segment& segment : plan.segments) {
+        first_step_.push_back(all);
+        all += steps<Product>(segment.rows);
+      }
+      transposed_ = allocate(all * columns_);
+    }
+  }
 
-  struct Row {
-    C* data;
-    int64_t panel_stride;
+  // A left operand's row.
+  C* row(const Segment& segment, int64_t i) {
+    return rows_.get() + (segment.first_position + i) * stride_;
+  }
+  const C* row(const Segment& segment, int64_t i) const {
+    return rows_.get() + (segment.first_position + i) * stride_;
+  }
+  LeftOperand<C> rows(const Segment& segment, int64_t first) const {
+    return {row(segment, first), stride_, 1};
+  }
 
-    // Calls transform as transform_row does, for the row `from`, and stores what it returns.
-    template <class Transform>
-    void set(const C* from, int64_t count, Transform&& transform) const {
-      for (int64_t first = 0, at = 0; first < count; first += kPanel<C>, at += panel_stride) {
-        transform_row<C>(from + first, std::min(kPanel<C>, count - first), data + at,
-                         [&](int64_t j, auto value, auto extent) {
-                           return transform(first + j, value, extent);
-                         });
+  // The transpose of the kRows rows from the first on.
+  LeftOperand<C> transposed(const Segment& segment, int64_t first) const {
+    if constexpr (!kPairs) {
+      return {row(segment, first), 1, stride_};
+    } else {
+      return {block(segment, first), block_steps(segment, first), 1};
+    }
+  }
+
+  // Sets the transpose of some rows: where elements are paired in steps, it is a matrix of its own.
+  void set_transposed(const Segment& segment, int64_t first, int64_t count, int64_t columns,
+                      const C* from, int64_t from_stride) {
+    if constexpr (kPairs) {
+      constexpr int lanes = kLanes<C>;
+      int64_t part;
+      for (int64_t i = first; i < first + count; i += part) {
+        const int64_t in_block = i % kRows;
+        part = std::min({int64_t{lanes}, first + count - i, kRows - in_block});
+        for (int64_t j = 0; j < columns; j += lanes) {
+          Vector<C> square[lanes] = {};
+          for (int64_t lane = 0; lane < part; ++lane) {
+            square[lane] = load<C>(from + (i - first + lane) * from_stride + j);
+          }
+          transpose<C>(square);
+          const int64_t wanted = std::min<int64_t>(lanes, columns - j);
+          for (int64_t lane = 0; lane < wanted; ++lane) {
+            C* to = block(segment, i - in_block) + (j + lane) * block_steps(segment, i - in_block);
+            Product::store(to, in_block, square[lane], PartialVector{part});
+          }
+        }
+      }
+      if (first + count == segment.rows) {
+        const int64_t start = (segment.rows - 1) / kRows * kRows;
+        for (int64_t j = 0; j < columns; ++j) {
+          pad_row<C, Product>(block(segment, start) + j * block_steps(segment, start),
+                              segment.rows - start);
+        }
       }
     }
-  };
-
-  // The i-th active row of a segment.
-  Row row(C* matrix, const Segment& segment, int64_t i) const {
-    const int64_t first = i / kRows * kRows;
-    return {matrix + (segment.first_position + first) * stride + (i - first) * kPanel<C>,
-            std::min(kRows, segment.rows - first) * kPanel<C>};
   }
+
+ private:
+  static constexpr int64_t kMostTileRows = 16;
+
+  struct Free {
+    void operator()(C* memory) const { std::free(memory); }
+  };
+  using Memory = std::unique_ptr<C[], Free>;
+  static Memory allocate(int64_t count) {
+    void* memory = std::aligned_alloc(64, static_cast<size_t>(Scratch::bytes<C>(count)));
+    if (!memory) throw std::bad_alloc();
+    return Memory(static_cast<C*>(memory));
+  }
+
+  C* block(const Segment& segment, int64_t first) const {
+    const auto index = static_cast<size_t>(&segment - plan_.segments.data());
+    return transposed_.get() + (first_step_[index] + first / Product::kElements) * columns_;
+  }
+  static int64_t block_steps(const Segment& segment, int64_t first) {
+    return steps<Product>(std::min(kRows, segment.rows - first));
+  }
+
+  const Plan& plan_;
+  const int64_t stride_, columns_;
+  Memory rows_, transposed_;
+  std::vector<int64_t> first_step_;  // of each segment, in the transpose
+};
+
+template <class C, class Product>
+struct RowResults {
+  RowMatrix<C, Product> hidden_gradient;  // dh
+  RowMatrix<C, Product> activated;        // z
+  std::unique_ptr<C[]> sums;  // [active rows, 2]: pre: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
+
+  RowResults(const LinearAdapterBackward& p, const Plan& plan)
+      : hidden_gradient(plan, p.hidden_stride),
+        activated(plan, p.hidden_stride),
+        sums(new C[static_cast<size_t>(2 * plan.active_rows)]) {}
 };
 
 // What one adapter's gradients ask for.
@@ -59,9 +143,9 @@ struct Wanted {
   Wanted(const LinearAdapterBackward& p, int64_t adapter, bool pre) {
     const AdapterGradients& g = p.gradients[adapter];
     norm = g.norm_weight || g.norm_bias;
-    down_sum = g.down != nullptr;
+    down_sum = g.down || (pre && norm);
     up_sum = g.up != nullptr;
-    input_gradient = p.grad_x || (pre && norm);
+    input_gradient = p.grad_x != nullptr;
     hidden_gradient = input_gradient || down_sum;
   }
   bool anything() const { return hidden_gradient || up_sum || norm; }
@@ -85,32 +169,39 @@ struct OutputGradient {
            static_cast<double>(segment.adapter_samples);
   }
   bool penalized() const { return kappa[0] != C(0); }
+  // Whether do is dy.
+  bool stored(const Dropout& dropout) const {
+    return !penalized() && !dropout.active() && scale[0] == C(1);
+  }
 };
 
-template <class X>
+template <class X, class Product>
 class RowPass {
   using C = Accumulate<X>;
+  using Weights = WeightOperand<X, Product>;
+  static constexpr bool kPairs = Product::kElements > 1;
 
  public:
-  RowPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results)
+  RowPass(const LinearAdapterBackward& problem, const Plan& plan, RowResults<C, Product>& results)
       : p_(problem),
         plan_(plan),
         results_(results),
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
-        block_rows_(block_rows<C>(problem.hidden_size)),
+        block_rows_(block_rows<C, Product>(problem.hidden_size)),
         // The post norm's backward needs a whole row before it can start.
         block_columns_(pre_ ? kColumnBlock : width_),
         stride_(padded<C>(block_columns_) + kRowPadding<C>),
+        gradient_stride_(pre_ ? steps<Product>(block_columns_) + kRowPadding<C> : stride_),
         hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
-    const int64_t up_size = WeightOperand<X>::size(width_, r);
-    const int64_t up_transposed_size = WeightOperand<X>::size(r, width_);
-    const int64_t tile = kMostBlockRows * stride_;
+    const int64_t up_size = Weights::size(width_, r);
+    const int64_t up_transposed_size = Weights::size(r, width_);
     Scratch scratch(0, Scratch::bytes<C>(up_size) + Scratch::bytes<C>(up_transposed_size) +
                            2 * Scratch::bytes<C>(width_) + 2 * Scratch::bytes<C>(r) +
-                           2 * Scratch::bytes<C>(tile) +
+                           Scratch::bytes<C>(kMostBlockRows * gradient_stride_) +
+                           Scratch::bytes<C>(kMostBlockRows * stride_) +
                            2 * Scratch::bytes<C>(kMostBlockRows * hidden_stride_) +
                            Scratch::bytes<C>(kColumnBlock));
     packed_up_ = scratch.take<C>(up_size);
@@ -119,8 +210,8 @@ class RowPass {
     norm_bias_ = scratch.take<C>(width_);
     down_weight_ = scratch.take<C>(r);
     down_bias_ = scratch.take<C>(r);
-    gradient_ = scratch.take<C>(tile);
-    out_ = scratch.take<C>(tile);
+    gradient_ = scratch.take<C>(kMostBlockRows * gradient_stride_);
+    out_ = scratch.take<C>(kMostBlockRows * stride_);
     activated_ = scratch.take<C>(kMostBlockRows * hidden_stride_);
     hidden_gradient_ = scratch.take<C>(kMostBlockRows * hidden_stride_);
     mask_ = scratch.take<C>(kColumnBlock);
@@ -154,7 +245,9 @@ class RowPass {
     unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
     unpack_vector<X>(p_.weight_type, view_.norm_bias, width_, norm_bias_);
     wants_hidden_ = Wanted(p_, segment.adapter, pre_).hidden_gradient;
-    wants_out_ = !pre_ || OutputGradient<C>(p_, plan_, segment).penalized();
+    const OutputGradient<C> of_output(p_, plan_, segment);
+    wants_out_ = !pre_ || of_output.penalized();
+    stored_ = pre_ && of_output.stored(dropout_);
     if (wants_hidden_) {
       up_.prepare(p_, view_.up, view_.up_stride, width_, r, false, rows, packed_up_);
     }
@@ -187,14 +280,14 @@ class RowPass {
       const int64_t columns = std::min(block_columns_, width_ - column);
       if (wants_out_) {
         up_transposed_.multiply(count, 0, view_.bottleneck, column, columns,
-                                {activated_, hidden_stride_, 1}, out_, stride_, false);
+                                results_.activated.rows(segment, first), out_, stride_, false);
       }
-      LeftOperand<C> gradient = {gradient_, stride_, 1};
+      LeftOperand<C> gradient = {gradient_, gradient_stride_, 1};
       if (const C* stored = stored_gradient(segment, first)) {
         gradient = {stored + column, width_, 1};
-      } else {
+      } else if (wants_hidden_ || !pre_) {
         for (int64_t i = 0; i < count; ++i) {
-          gradient_row(segment, first + i, column, columns, gradient_ + i * stride_,
+          gradient_row(segment, first + i, column, columns, gradient_ + i * gradient_stride_,
                        out_ + i * stride_);
         }
       }
@@ -211,33 +304,40 @@ class RowPass {
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
         const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
-        C* z = activated_ + (wants_out_ ? i * hidden_stride_ : 0);
-        transform_row<C>(
-            h, r, z, [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
-        round_operand(p_, z, r);
-        results_.row(results_.activated, segment, first + i).set(z, r, [](int64_t, auto v, auto) {
-          return v;
+        C* z = results_.activated.row(segment, first + i);
+        for_each_vector<C>(r, [&](int64_t j, auto extent) {
+          const auto v = activate<activation, VectorMath<C>>(load<C>(h + j, extent));
+          Product::store(z, j, v, extent);
+          if constexpr (kPairs) store<C>(activated_ + i * hidden_stride_ + j, v);
         });
+        pad_row<C, Product>(z, r);
+        if constexpr (!kPairs) round_operand(p_, z, r);
       }
     });
+    results_.activated.set_transposed(segment, first, count, r, activated_, hidden_stride_);
   }
 
-  // do of the rows from the first on where it is dy as it is stored, else null.
+  // do of the rows from the first on where that is a left operand as it is stored, else null.
   const C* stored_gradient(const Segment& segment, int64_t first) const {
     if constexpr (std::is_same_v<X, C>) {
-      const bool changed = !pre_ || wants_out_ || dropout_.active() || plan_.depth_scale != 1.0;
-      if (!changed && !segment.samples.list) {
+      if (stored_ && !segment.samples.list) {
         return static_cast<const C*>(p_.grad_y) + row(segment, first) * width_;
       }
     }
     return nullptr;
   }
 
-  // do of some columns (pre), or du of a whole row (post).
+  // A left operand's row of do for some columns (pre), or of du (post).
   void gradient_row(const Segment& segment, int64_t i, int64_t column, int64_t columns, C* gradient,
                     C* out) {
     const int64_t at = row(segment, i);
     const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
+    if constexpr (kPairs) {
+      if (stored_) {
+        std::memcpy(gradient, grad_y, static_cast<size_t>(columns) * sizeof(X));
+        return pad_row<C, Product>(gradient, columns);
+      }
+    }
     const OutputGradient<C> of_output(p_, plan_, segment);
     const C mean = pre_ ? C(0) : static_cast<const C*>(p_.mean)[at];
     const C rstd = pre_ ? C(0) : static_cast<const C*>(p_.rstd)[at];
@@ -253,7 +353,7 @@ class RowPass {
         Vector<C> d = load<C>(grad_y + c, extent);
         if (pre_) {
           if (wants_out_) d += of_output.kappa * scale * load<C>(out + c, extent);
-          d *= scale;
+          return Product::store(gradient, c, d * scale, extent);
         } else {
           const Vector<C> weight = load<C>(norm_weight_ + c, extent);
           const Vector<C> normalized = (load<C>(out + c, extent) - splat<C>(mean)) * splat<C>(rstd);
@@ -262,20 +362,23 @@ class RowPass {
           sum += d;
           product_sum += d * normalized;
           store<C>(out + c, normalized, extent);
+          store<C>(gradient + c, d, extent);
         }
-        store<C>(gradient + c, d, extent);
       });
     }
-    if (pre_) return;
+    if (pre_) return pad_row<C, Product>(gradient, columns);
     const C mean_gradient = horizontal_sum<C>(sum) / static_cast<C>(width_);
     const C mean_product = horizontal_sum<C>(product_sum) / static_cast<C>(width_);
-    C* sums = results_.sums + 2 * (segment.first_position + i);
+    C* sums = results_.sums.get() + 2 * (segment.first_position + i);
     sums[0] = mean_gradient;
     sums[1] = mean_product;
-    transform_row<C>(gradient, columns, gradient, [&](int64_t c, auto d, auto extent) {
-      return splat<C>(rstd) *
-             (d - splat<C>(mean_gradient) - load<C>(out + c, extent) * splat<C>(mean_product));
+    for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+      const Vector<C> d = load<C>(gradient + c, extent);
+      const Vector<C> du = splat<C>(rstd) * (d - splat<C>(mean_gradient) -
+                                             load<C>(out + c, extent) * splat<C>(mean_product));
+      Product::store(gradient, c, du, extent);
     });
+    pad_row<C, Product>(gradient, columns);
   }
 
   // dh = dz ⊙ act'(h), and the norm's sums.
@@ -286,45 +389,55 @@ class RowPass {
         const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
         const int64_t position = segment.first_position + first + i;
         Vector<C> sum = {}, product_sum = {};
-        results_.row(results_.hidden_gradient, segment, first + i)
-            .set(hidden_gradient_ + i * hidden_stride_, r, [&](int64_t j, auto dz, auto extent) {
-              const Vector<C> own = load<C>(h + j, extent);
-              const Vector<C> dh = dz * activation_derivative<activation, VectorMath<C>>(own);
-              if (pre_) {
-                sum += dh * load<C>(down_weight_ + j, extent);
-                product_sum += dh * (own - load<C>(down_bias_ + j, extent));
-              }
-              return dh;
-            });
+        C* dz = hidden_gradient_ + i * hidden_stride_;
+        C* dh = results_.hidden_gradient.row(segment, first + i);
+        for_each_vector<C>(r, [&](int64_t j, auto extent) {
+          const Vector<C> own = load<C>(h + j, extent);
+          const Vector<C> v = Product::round(load<C>(dz + j, extent) *
+                                             activation_derivative<activation, VectorMath<C>>(own));
+          if (pre_) {
+            sum += v * load<C>(down_weight_ + j, extent);
+            product_sum += v * (own - load<C>(down_bias_ + j, extent));
+          }
+          Product::store(dh, j, v, extent);
+          if constexpr (kPairs) store<C>(dz + j, v);
+        });
+        pad_row<C, Product>(dh, r);
         if (pre_) {
           results_.sums[2 * position] = horizontal_sum<C>(sum) / static_cast<C>(width_);
           results_.sums[2 * position + 1] = horizontal_sum<C>(product_sum) / static_cast<C>(width_);
         }
       }
     });
+    results_.hidden_gradient.set_transposed(segment, first, count, r, hidden_gradient_,
+                                            hidden_stride_);
   }
 
   const LinearAdapterBackward& p_;
   const Plan& plan_;
-  const RowResults<C>& results_;
+  RowResults<C, Product>& results_;
   const Dropout dropout_;
   const bool pre_;
-  const int64_t width_, block_rows_, block_columns_, stride_, hidden_stride_;
+  const int64_t width_, block_rows_, block_columns_, stride_, gradient_stride_, hidden_stride_;
   const Segment* prepared_ = nullptr;
   AdapterView view_;
   bool wants_hidden_, wants_out_;
-  WeightOperand<X> up_, up_transposed_;
+  bool stored_;  // do is dy
+  Weights up_, up_transposed_;
   C *packed_up_, *packed_up_transposed_, *norm_weight_, *norm_bias_, *down_weight_, *down_bias_,
       *gradient_, *out_, *activated_, *hidden_gradient_, *mask_;
 };
 
-template <class X>
+template <class X, class Product>
 class ColumnPass {
   using C = Accumulate<X>;
+  using Weights = WeightOperand<X, Product>;
+  static constexpr bool kPairs = Product::kElements > 1;
 
   static constexpr int64_t kColumns = 64;  // a multiple of every panel width
   static constexpr int64_t kMostColumns = 4 * kColumns;
-  static constexpr int64_t kRows = RowResults<C>::kRows;
+  static constexpr int64_t kWide = kPairs ? 4 : 2;  // of them, in wide tiles
+  static constexpr int64_t kRows = RowMatrix<C, Product>::kRows;
 
  public:
   // The width of tiles. A tile's sums over rows stay in a second-level cache; as far as that
@@ -335,9 +448,9 @@ class ColumnPass {
 
     Tiles(const LinearAdapterBackward& problem, const Plan& plan, int64_t tasks)
         : hidden_size(problem.hidden_size), columns(kColumns) {
-      const int64_t wide = hidden_size / (2 * kColumns);
+      const int64_t wide = hidden_size / (kWide * kColumns);
       const bool enough = wide * static_cast<int64_t>(plan.segments.size()) >= tasks;
-      if (problem.hidden_stride <= kMostColumns && enough) columns = 2 * kColumns;
+      if (problem.hidden_stride <= kMostColumns && enough) columns = kWide * kColumns;
     }
     int64_t width(const Segment& segment) const {
       return segment.rows <= kRows / 4 ? kMostColumns : columns;
@@ -347,36 +460,37 @@ class ColumnPass {
     }
   };
 
-  ColumnPass(const LinearAdapterBackward& problem, const Plan& plan, const RowResults<C>& results,
-             const Tiles& tiles)
+  ColumnPass(const LinearAdapterBackward& problem, const Plan& plan,
+             const RowResults<C, Product>& results, const Tiles& tiles)
       : p_(problem),
         plan_(plan),
         results_(results),
         tiles_(tiles),
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
-        width_(problem.hidden_size),
-        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {
-    const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
-    Scratch scratch(1, 2 * Scratch::bytes<C>(r * kMostColumns) +
-                           2 * Scratch::bytes<C>(kMostColumns * hidden_stride_) +
-                           Scratch::bytes<C>(hidden_stride_) +
-                           4 * Scratch::bytes<C>(kRows * 2 * kColumns) +
-                           5 * Scratch::bytes<C>(kMostColumns));
-    packed_down_ = scratch.take<C>(r * kMostColumns);
-    packed_up_ = scratch.take<C>(r * kMostColumns);
-    down_sum_ = scratch.take<C>(kMostColumns * hidden_stride_);
-    up_sum_ = scratch.take<C>(kMostColumns * hidden_stride_);
-    hidden_sum_ = scratch.take<C>(hidden_stride_);
-    x_ = scratch.take<C>(kRows * 2 * kColumns);
-    out_ = scratch.take<C>(kRows * 2 * kColumns);
-    gradient_ = scratch.take<C>(kRows * 2 * kColumns);
-    product_ = scratch.take<C>(kRows * 2 * kColumns);
+        width_(problem.hidden_size) {
+    const int64_t r = padded<C>(p_.hidden_stride);  // a multiple of every register tile's rows
+    const int64_t weights = Weights::size(p_.hidden_stride, kMostColumns);
+    const int64_t operand = steps<Product>(kRows) * kWide * kColumns;
+    Scratch scratch(1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * kMostColumns) +
+                           Scratch::bytes<C>(r) + 2 * Scratch::bytes<C>(operand) +
+                           2 * Scratch::bytes<C>(kRows * kWide * kColumns) +
+                           7 * Scratch::bytes<C>(kMostColumns));
+    packed_down_ = scratch.take<C>(weights);
+    packed_up_ = scratch.take<C>(weights);
+    down_sum_ = scratch.take<C>(r * kMostColumns);
+    up_sum_ = scratch.take<C>(r * kMostColumns);
+    hidden_sum_ = scratch.take<C>(r);
+    x_ = scratch.take<C>(operand);
+    gradient_ = scratch.take<C>(operand);
+    out_ = scratch.take<C>(kRows * kWide * kColumns);
+    product_ = scratch.take<C>(kRows * kWide * kColumns);
     norm_weight_ = scratch.take<C>(kMostColumns);
     norm_bias_ = scratch.take<C>(kMostColumns);
     norm_weight_sum_ = scratch.take<C>(kMostColumns);
     norm_bias_sum_ = scratch.take<C>(kMostColumns);
-    mask_ = scratch.take<C>(kMostColumns);
+    down_row_ = scratch.take<C>(kMostColumns);
+    for (C*& mask : masks_) mask = scratch.take<C>(kMostColumns);
   }
 
   // Some tiles of all segments: a contiguous range, of about equal cost for each task.
@@ -413,7 +527,6 @@ class ColumnPass {
     stride_ = tiles_.width(segment);
     const int64_t r = view_.bottleneck, columns = std::min(stride_, width_ - column);
     const bool wants_out = !pre_ || of_output.penalized();
-    const bool wants_x = wanted.down_sum || (pre_ && wanted.input_gradient);
     const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
     const auto shifted = [&](const void* matrix, int64_t elements) {
       const int64_t size = p_.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
@@ -429,43 +542,40 @@ class ColumnPass {
       up_.prepare(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
                   true, segment.rows, packed_up_);
     }
-    std::fill(hidden_sum_, hidden_sum_ + r, C(0));
+    if (pre_ && wanted.down_sum && summed_ != &segment) sum_hidden_gradient(segment);
     std::fill(norm_weight_sum_, norm_weight_sum_ + stride_, C(0));
     std::fill(norm_bias_sum_, norm_bias_sum_ + stride_, C(0));
     for (int64_t first = 0; first < segment.rows; first += kRows) {
       const int64_t count = std::min(kRows, segment.rows - first);
-      const int64_t panel_stride = count * kPanel<C>;
-      const C* hidden_gradient = results_.row(results_.hidden_gradient, segment, first).data;
-      const C* activated = results_.row(results_.activated, segment, first).data;
-      if (wants_x) load_x(segment, first, count, column, columns);
+      const int64_t row_steps = steps<Product>(count);
       if (wants_gradient) {
         if (wants_out) {
-          up_.multiply(count, 0, r, 0, columns, {activated, kPanel<C>, 1, panel_stride}, out_,
+          up_.multiply(count, 0, r, 0, columns, results_.activated.rows(segment, first), out_,
                        stride_, false);
         }
         load_gradient(segment, first, count, column, columns, of_output);
       }
-      if (wanted.up_sum) {  // d_up [columns, r] += duᵀ z
-        multiply<C>(columns, r, count, {gradient_, 1, stride_},
-                    {activated, panel_stride, kPanel<C>}, up_sum_, hidden_stride_, first > 0);
+      if (wanted.up_sum) {  // d_upᵀ [r, columns] += zᵀ du
+        multiply<C, Product>(r, columns, row_steps, results_.activated.transposed(segment, first),
+                             {gradient_, kPanel<C>, stride_}, up_sum_, stride_, first > 0);
       }
-      if (wanted.down_sum) {  // Mᵀ [columns, r] += x̂ᵀ dh
-        multiply<C>(columns, r, count, {x_, 1, stride_}, {hidden_gradient, panel_stride, kPanel<C>},
-                    down_sum_, hidden_stride_, first > 0);
-        if (pre_) add_hidden_sum(hidden_gradient, count, r);
+      if (wanted.down_sum) {  // M [r, columns] += dhᵀ x̂
+        load_x(segment, first, count, column, columns);
+        multiply<C, Product>(r, columns, row_steps,
+                             results_.hidden_gradient.transposed(segment, first),
+                             {x_, kPanel<C>, stride_}, down_sum_, stride_, first > 0);
       }
       if (wanted.input_gradient) {
-        down_.multiply(count, 0, r, 0, columns, {hidden_gradient, kPanel<C>, 1, panel_stride},
+        down_.multiply(count, 0, r, 0, columns, results_.hidden_gradient.rows(segment, first),
                        product_, stride_, false);
-        if (pre_ && wanted.norm) add_norm_gradient(count, columns);
-        if (p_.grad_x) store_grad_x(segment, first, count, column, columns);
+        store_grad_x(segment, first, count, column, columns);
       }
     }
     const AdapterGradients& gradients = p_.gradients[segment.adapter];
     if (p_.weight_type == DataType::kFloat32) {
-      write<float>(gradients, r, column, columns);
+      write<float>(gradients, wanted, r, column, columns);
     } else {
-      write<X>(gradients, r, column, columns);
+      write<X>(gradients, wanted, r, column, columns);
     }
   }
 
@@ -483,157 +593,214 @@ class ColumnPass {
     for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(from + c, write, 2);
   }
 
+  // Makes a right operand, its k the rows: row(i) is a function (column, extent) → values.
+  template <class Row>
+  void load_right(int64_t count, int64_t columns, C* to, Row&& row) const {
+    constexpr int in_step = Product::kElements;
+    const int64_t whole = count / in_step, all = steps<Product>(count);
+    for (int64_t step = 0; step < all; ++step, to += stride_) {
+      const auto store = [&](const auto&... rows) {
+        for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+          Product::store_step(to + c, {rows(c, extent)...});
+        });
+      };
+      if constexpr (in_step == 1) {
+        store(row(step));
+      } else if (step < whole) {
+        const auto first = row(2 * step);
+        store(first, row(2 * step + 1));
+      } else if (2 * step < count) {
+        store(row(2 * step), [](int64_t, auto) { return Vector<C>{}; });
+      } else {
+        std::fill(to, to + stride_, C(0));
+      }
+    }
+  }
+
   // x̂ (pre) or x (post).
   void load_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
               int64_t columns) {
-    for (int64_t i = 0; i < count; ++i) {
+    load_right(count, columns, x_, [&](int64_t i) {
       const int64_t at = row(segment, first + i);
       const X* from = static_cast<const X*>(p_.x) + at * width_ + column;
-      C* to = x_ + i * stride_;
       prefetch_row(segment, first + i, p_.x, column, columns);
-      if (pre_) {
-        const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
-        const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
-        transform_row<C>(from, columns, to,
-                         [&](int64_t, auto v, auto) { return (v - mean) * rstd; });
-      } else {
-        transform_row<C>(from, columns, to, [](int64_t, auto v, auto) { return v; });
-      }
-    }
+      const Vector<C> mean = splat<C>(pre_ ? static_cast<const C*>(p_.mean)[at] : C(0));
+      const Vector<C> rstd = splat<C>(pre_ ? static_cast<const C*>(p_.rstd)[at] : C(1));
+      return [=](int64_t c, auto extent) { return (load<C>(from + c, extent) - mean) * rstd; };
+    });
   }
 
   // do (pre) or du (post), and the post norm's own gradients.
   void load_gradient(const Segment& segment, int64_t first, int64_t count, int64_t column,
                      int64_t columns, const OutputGradient<C>& of_output) {
+    if constexpr (kPairs) {
+      if (pre_ && of_output.stored(dropout_)) {
+        return load_stored_gradient(segment, first, count, column, columns);
+      }
+    }
     const bool masked = dropout_.active();
     const bool penalized = of_output.penalized();
-    for (int64_t i = 0; i < count; ++i) {
+    load_right(count, columns, gradient_, [&](int64_t i) {
       const int64_t at = row(segment, first + i);
       const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
       const C* out = out_ + i * stride_;
+      C* mask = masks_[i % Product::kElements];
       prefetch_row(segment, first + i, p_.grad_y, column, columns);
-      if (masked) dropout_.fill(at, column, columns, mask_);
-      const C* sums = results_.sums + 2 * (segment.first_position + first + i);
+      if (masked) dropout_.fill(at, column, columns, mask);
+      const C* sums = results_.sums.get() + 2 * (segment.first_position + first + i);
       const Vector<C> mean = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.mean)[at]);
       const Vector<C> rstd = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.rstd)[at]);
-      transform_row<C>(
-          grad_y, columns, gradient_ + i * stride_,
-          [&](int64_t c, auto d, auto extent) -> Vector<C> {
-            Vector<C> scale = of_output.scale;
-            if (masked) scale *= load<C>(mask_ + c, extent);
-            if (pre_) {
-              if (penalized) d += of_output.kappa * scale * load<C>(out + c, extent);
-              return d * scale;
-            }
-            const Vector<C> weight = load<C>(norm_weight_ + c, extent);
-            const Vector<C> normalized = (load<C>(out + c, extent) - mean) * rstd;
-            const Vector<C> o = normalized * weight + load<C>(norm_bias_ + c, extent);
-            d = (d + of_output.kappa * scale * o) * scale;
-            store<C>(norm_weight_sum_ + c, load<C>(norm_weight_sum_ + c, extent) + d * normalized,
-                     extent);
-            store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c, extent) + d, extent);
-            return rstd * (d * weight - splat<C>(sums[0]) - normalized * splat<C>(sums[1]));
-          });
-    }
-  }
-
-  // Σ dh over a block's rows.
-  void add_hidden_sum(const C* hidden_gradient, int64_t count, int64_t r) {
-    for (int64_t j = 0; j < r; j += kLanes<C>) {
-      const C* from = hidden_gradient + j / kPanel<C> * count * kPanel<C> + j % kPanel<C>;
-      Vector<C> sum = load<C>(hidden_sum_ + j);
-      for (int64_t i = 0; i < count; ++i) sum += load<C>(from + i * kPanel<C>);
-      store<C>(hidden_sum_ + j, sum);
-    }
-  }
-
-  // dγ += Σ dn ⊙ x̂ and dβ += Σ dn.
-  void add_norm_gradient(int64_t count, int64_t columns) {
-    for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-      Vector<C> weight_sum = load<C>(norm_weight_sum_ + c);
-      Vector<C> bias_sum = load<C>(norm_bias_sum_ + c);
-      for (int64_t i = 0; i < count; ++i) {
-        const Vector<C> d = load<C>(product_ + i * stride_ + c, extent);
-        weight_sum += d * load<C>(x_ + i * stride_ + c, extent);
-        bias_sum += d;
-      }
-      store<C>(norm_weight_sum_ + c, weight_sum);
-      store<C>(norm_bias_sum_ + c, bias_sum);
+      return [=, this](int64_t c, auto extent) -> Vector<C> {
+        Vector<C> d = load<C>(grad_y + c, extent);
+        Vector<C> scale = of_output.scale;
+        if (masked) scale *= load<C>(mask + c, extent);
+        if (pre_) {
+          if (penalized) d += of_output.kappa * scale * load<C>(out + c, extent);
+          return d * scale;
+        }
+        const Vector<C> weight = load<C>(norm_weight_ + c, extent);
+        const Vector<C> normalized = (load<C>(out + c, extent) - mean) * rstd;
+        const Vector<C> o = normalized * weight + load<C>(norm_bias_ + c, extent);
+        d = (d + of_output.kappa * scale * o) * scale;
+        store<C>(norm_weight_sum_ + c, load<C>(norm_weight_sum_ + c, extent) + d * normalized,
+                 extent);
+        store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c, extent) + d, extent);
+        return rstd * (d * weight - splat<C>(sums[0]) - normalized * splat<C>(sums[1]));
+      };
     });
+  }
+
+  // do where it is dy, which needs no rounding.
+  void load_stored_gradient(const Segment& segment, int64_t first, int64_t count, int64_t column,
+                            int64_t columns) {
+    const auto grad_y = [&](int64_t i) {
+      if (i >= count) return static_cast<const X*>(nullptr);
+      prefetch_row(segment, first + i, p_.grad_y, column, columns);
+      return static_cast<const X*>(p_.grad_y) + row(segment, first + i) * width_ + column;
+    };
+    for (int64_t step = 0; step < steps<Product>(count); ++step) {
+      const X *even = grad_y(2 * step), *odd = grad_y(2 * step + 1);
+      C* to = gradient_ + step * stride_;
+      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+        store<C>(to + c,
+                 Product::load_step(even ? even + c : nullptr, odd ? odd + c : nullptr, extent));
+      });
+    }
+  }
+
+  // Σ dh over a segment's rows.
+  void sum_hidden_gradient(const Segment& segment) {
+    const int64_t r = view_.bottleneck;
+    std::fill(hidden_sum_, hidden_sum_ + r, C(0));
+    for (int64_t i = 0; i < segment.rows; ++i) {
+      const C* dh = results_.hidden_gradient.row(segment, i);
+      for_each_vector<C>(r, [&](int64_t j, auto extent) {
+        const Vector<C> sum = load<C>(hidden_sum_ + j, extent);
+        store<C>(hidden_sum_ + j, sum + Product::element(dh, j, extent), extent);
+      });
+    }
+    summed_ = &segment;
   }
 
   void store_grad_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
                     int64_t columns) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = row(segment, first + i);
+      const X* x = static_cast<const X*>(p_.x) + at * width_ + column;
       const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
       X* to = static_cast<X*>(p_.grad_x) + at * width_ + column;
       prefetch_row<true>(segment, first + i, p_.grad_x, column, columns);
-      const C* sums = results_.sums + 2 * (segment.first_position + first + i);
+      const C* sums = results_.sums.get() + 2 * (segment.first_position + first + i);
+      const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
       const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
+      const Vector<C> sum = splat<C>(sums[0]), product_sum = splat<C>(sums[1]);
+      const C *product = product_ + i * stride_, *weight = norm_weight_;
+      const bool pre = pre_, residual = p_.residual;
       for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-        Vector<C> d = load<C>(product_ + i * stride_ + c, extent);
-        if (pre_) {
-          const Vector<C> normalized = load<C>(x_ + i * stride_ + c, extent);
-          d = rstd * (d * load<C>(norm_weight_ + c, extent) - splat<C>(sums[0]) -
-                      normalized * splat<C>(sums[1]));
+        Vector<C> d = load<C>(product + c, extent);
+        if (pre) {
+          const Vector<C> normalized = (load<C>(x + c, extent) - mean) * rstd;
+          d = rstd * (d * load<C>(weight + c, extent) - sum - normalized * product_sum);
         }
-        if (p_.residual) d += load<C>(grad_y + c, extent);
+        if (residual) d += load<C>(grad_y + c, extent);
         store<C>(to + c, d, extent);
       });
     }
   }
 
   template <class W>
-  void write(const AdapterGradients& gradients, int64_t r, int64_t column, int64_t columns) {
-    W* norm_weight = static_cast<W*>(gradients.norm_weight);
-    W* norm_bias = static_cast<W*>(gradients.norm_bias);
-    W* down = static_cast<W*>(gradients.down);
-    W* up = static_cast<W*>(gradients.up);
-    for (int64_t c = 0; up && c < columns; ++c) {
-      W* to = up + (column + c) * r;
-      const C* from = up_sum_ + c * hidden_stride_;
-      for_each_vector<C>(
-          r, [&](int64_t j, auto extent) { store<C>(to + j, load<C>(from + j, extent), extent); });
-    }
-    constexpr int lanes = kLanes<C>;
-    for (int64_t j = 0; down && j < r; j += lanes) {
-      const int64_t rows = std::min<int64_t>(lanes, r - j);
-      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-        Vector<C> square[lanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) {
-          square[i] = load<C>(down_sum_ + (c + i) * hidden_stride_ + j);
+  void write(const AdapterGradients& gradients, const Wanted& wanted, int64_t r, int64_t column,
+             int64_t columns) {
+    if (gradients.up) write_up(static_cast<W*>(gradients.up) + column * r, r, columns);
+    W* down = static_cast<W*>(gradients.down) + column;
+    for (int64_t j = 0; wanted.down_sum && j < r; ++j) {
+      C* sum = down_sum_ + j * stride_;
+      if (pre_ && wanted.norm) add_norm_gradient<W>(j, column, columns);
+      for_each_vector<C>(gradients.down ? columns : 0, [&](int64_t c, auto extent) {
+        Vector<C> d = load<C>(sum + c, extent);
+        if (pre_) {
+          d = d * load<C>(norm_weight_ + c, extent) +
+              splat<C>(hidden_sum_[j]) * load<C>(norm_bias_ + c, extent);
         }
-        transpose<C>(square);
-        for (int64_t i = 0; i < rows; ++i) {
-          Vector<C> sum = square[i];
-          if (pre_) {
-            sum = sum * load<C>(norm_weight_ + c, extent) +
-                  splat<C>(hidden_sum_[j + i]) * load<C>(norm_bias_ + c, extent);
-          }
-          store<C>(down + (j + i) * width_ + column + c, sum, extent);
-        }
+        store<C>(down + j * width_ + c, d, extent);
       });
     }
+    W* norm_weight = static_cast<W*>(gradients.norm_weight);
+    W* norm_bias = static_cast<W*>(gradients.norm_bias);
     for_each_vector<C>(columns, [&](int64_t c, auto extent) {
       if (norm_weight) store<C>(norm_weight + column + c, load<C>(norm_weight_sum_ + c), extent);
       if (norm_bias) store<C>(norm_bias + column + c, load<C>(norm_bias_sum_ + c), extent);
     });
   }
 
+  // The transpose of up_sum_.
+  template <class W>
+  void write_up(W* up, int64_t r, int64_t columns) const {
+    constexpr int lanes = kLanes<C>;
+    for (int64_t c = 0; c < columns; c += lanes) {
+      const int64_t rows = std::min<int64_t>(lanes, columns - c);
+      for_each_vector<C>(r, [&](int64_t j, auto extent) {
+        Vector<C> square[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i] = load<C>(up_sum_ + (j + i) * stride_ + c);
+        transpose<C>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          if (i < rows) store<C>(up + (c + i) * r + j, square[i], extent);
+        }
+      });
+    }
+  }
+
+  // What row j of `down` and of M adds to dγ and dβ.
+  template <class W>
+  void add_norm_gradient(int64_t j, int64_t column, int64_t columns) {
+    const W* down = static_cast<const W*>(view_.down) + j * view_.down_stride + column;
+    transform_row<C>(down, columns, down_row_, [](int64_t, auto v, auto) { return v; });
+    round_operand(p_, down_row_, columns);
+    const Vector<C> hidden_sum = splat<C>(hidden_sum_[j]);
+    for_each_vector<C>(columns, [&](int64_t c, auto) {
+      const Vector<C> weight = load<C>(down_row_ + c);
+      store<C>(norm_weight_sum_ + c,
+               load<C>(norm_weight_sum_ + c) + weight * load<C>(down_sum_ + j * stride_ + c));
+      store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c) + weight * hidden_sum);
+    });
+  }
+
   const LinearAdapterBackward& p_;
   const Plan& plan_;
-  const RowResults<C>& results_;
+  const RowResults<C, Product>& results_;
   const Tiles tiles_;
   const Dropout dropout_;
   const bool pre_;
-  const int64_t width_, hidden_stride_;
+  const int64_t width_;
   int64_t stride_;  // of the tile's buffers
+  const Segment* summed_ = nullptr;
   AdapterView view_;
-  WeightOperand<X> down_, up_;
+  Weights down_, up_;
   C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *hidden_sum_, *x_, *out_, *gradient_,
-      *product_, *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_, *mask_;
+      *product_, *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_, *down_row_;
+  C* masks_[2];
 };
 
 // Gradients of adapters without active rows are zero.
@@ -658,9 +825,50 @@ void clear_unused(const LinearAdapterBackward& p, const Plan& plan) {
   }
 }
 
+// Both passes over the active rows.
+template <class X, class Product>
+void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Parallel& parallel) {
+  using C = Accumulate<X>;
+  RowResults<C, Product> results(problem, plan);
+  using Rows = RowPass<X, Product>;
+  using Columns = ColumnPass<X, Product>;
+  const typename Columns::Tiles tiles(problem, plan, parallel.threads);
+  const int64_t segments = static_cast<int64_t>(plan.segments.size());
+  int64_t largest = 0;
+  for (const Segment& segment : plan.segments) largest = std::max(largest, segment.rows);
+  if (segments >= 2 * parallel.threads && largest * parallel.threads <= plan.active_rows) {
+    // Many adapters: each task does some of them whole, so that their weights and rows are still in
+    // its cache for the second pass.
+    const int64_t tasks = std::min(parallel.threads, segments);
+    parallel(tasks, [&](int64_t task) {
+      [[maybe_unused]] const typename Product::Setup setup;
+      Rows rows(problem, plan, results);
+      Columns columns(problem, plan, results, tiles);
+      for (const Segment& segment : plan.segments) {
+        if (segment.first_position * tasks / plan.active_rows != task) continue;
+        rows.run(segment);
+        columns.run(segment);
+      }
+    });
+    return;
+  }
+  const int64_t row_tasks =
+      std::min(parallel.threads, (plan.active_rows + kTileRows - 1) / kTileRows);
+  parallel(row_tasks, [&](int64_t task) {
+    [[maybe_unused]] const typename Product::Setup setup;
+    Rows(problem, plan, results).run(task, row_tasks);
+  });
+  int64_t all_tiles = 0;
+  for (const Segment& segment : plan.segments) all_tiles += tiles.count(segment);
+  const int64_t column_tasks = std::min(parallel.threads, all_tiles);
+  parallel(column_tasks, [&](int64_t task) {
+    [[maybe_unused]] const typename Product::Setup setup;
+    Columns(problem, plan, results, tiles).run(task, column_tasks);
+  });
+}
+
 template <class X>
 void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
-  using C = Accumulate<X>;
   Plan plan;
   plan.build(problem);
   clear_unused<X>(problem, plan);
@@ -675,56 +883,25 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
     }
   }
   if (plan.active_rows == 0) return;
-  RowResults<C> results{};
-  results.stride = padded<C>(std::max<int64_t>(problem.hidden_stride, 1));
-  const size_t size = static_cast<size_t>(plan.active_rows * results.stride);
-  const std::unique_ptr<C[]> hidden_gradient(new C[size]);
-  const std::unique_ptr<C[]> activated(new C[size]);
-  const std::unique_ptr<C[]> sums(new C[static_cast<size_t>(2 * plan.active_rows)]);
-  results.hidden_gradient = hidden_gradient.get();
-  results.activated = activated.get();
-  results.sums = sums.get();
-
-  const typename ColumnPass<X>::Tiles tiles(problem, plan, parallel.threads);
-  const int64_t segments = static_cast<int64_t>(plan.segments.size());
-  int64_t largest = 0;
-  for (const Segment& segment : plan.segments) largest = std::max(largest, segment.rows);
-  if (segments >= 2 * parallel.threads && largest * parallel.threads <= plan.active_rows) {
-    // Many adapters: each task does some of them whole, so that their weights and rows are still in
-    // its cache for the second pass.
-    const int64_t tasks = std::min(parallel.threads, segments);
-    parallel(tasks, [&](int64_t task) {
-      RowPass<X> rows(problem, plan, results);
-      ColumnPass<X> columns(problem, plan, results, tiles);
-      for (const Segment& segment : plan.segments) {
-        if (segment.first_position * tasks / plan.active_rows != task) continue;
-        rows.run(segment);
-        columns.run(segment);
-      }
-    });
-    return;
-  }
-  const int64_t row_tasks =
-      std::min(parallel.threads, (plan.active_rows + kTileRows - 1) / kTileRows);
-  parallel(row_tasks,
-           [&](int64_t task) { RowPass<X>(problem, plan, results).run(task, row_tasks); });
-  int64_t all_tiles = 0;
-  for (const Segment& segment : plan.segments) all_tiles += tiles.count(segment);
-  const int64_t column_tasks = std::min(parallel.threads, all_tiles);
-  parallel(column_tasks, [&](int64_t task) {
-    ColumnPass<X>(problem, plan, results, tiles).run(task, column_tasks);
-  });
+  with_product<X>(problem,
+                  [&]<class Product>() { run_passes<X, Product>(problem, plan, parallel); });
 }
-
 }  // namespace
 
 void linear_adapter_backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
+#if defined(__AVX512BF16__)
+  if (problem.data_type != DataType::kBFloat16) {
+    return avx512::linear_adapter_backward(problem, parallel);
+  }
+  backward<BFloat16>(problem, parallel);
+#else
   switch (problem.data_type) {
     case DataType::kFloat64: return backward<double>(problem, parallel);
     case DataType::kFloat32: return backward<float>(problem, parallel);
     case DataType::kBFloat16: return backward<BFloat16>(problem, parallel);
     case DataType::kFloat16: return backward<Float16>(problem, parallel);
   }
+#endif
 }
 
 }  // namespace ADAPTER_EXT_CPU_LEVEL

@@ -45,6 +45,58 @@ void moments(const X* row, int64_t count, double eps, C* mean_out, C* rstd_out) 
   *rstd_out = C(1) / std::sqrt(variance + static_cast<C>(eps));
 }
 
+#if defined(__AVX512BF16__)
+// The same for bfloat16, which dot products with ones add and whose pairs are converted together.
+void moments(const BFloat16* row, int64_t count, double eps, float* mean_out, float* rstd_out) {
+  constexpr int chains = 4, in_vector = 2 * kLanes<float>;
+  const auto pairs = [&](int64_t i) {
+    const int64_t left = count - i;
+    const __mmask32 mask = left >= in_vector ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+    return _mm512_maskz_loadu_epi16(mask, row + i);
+  };
+  const __m512bh ones = bit_cast<__m512bh>(_mm512_set1_epi16(0x3F80));
+  __m512 sum[chains] = {};
+  int64_t i = 0;
+  for (; i + chains * in_vector <= count; i += chains * in_vector) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < chains; ++chain) {
+      const __m512bh v = bit_cast<__m512bh>(_mm512_loadu_si512(row + i + chain * in_vector));
+      sum[chain] = _mm512_dpbf16_ps(sum[chain], v, ones);
+    }
+  }
+  for (; i < count; i += in_vector) {
+    sum[0] = _mm512_dpbf16_ps(sum[0], bit_cast<__m512bh>(pairs(i)), ones);
+  }
+  const auto total = [&] {
+    const __m512 all = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+    return horizontal_sum<float>(bit_cast<Vector<float>>(all));
+  };
+  const float mean = total() / static_cast<float>(count);
+  const __m512 means = _mm512_set1_ps(mean);
+  for (__m512& s : sum) s = _mm512_setzero_ps();
+  const auto add_squares = [&](__m512i v, __mmask16 low, __mmask16 high, __m512& a, __m512& b) {
+    const __m512 even = bit_cast<__m512>(_mm512_slli_epi32(v, 16));
+    const __m512 odd = bit_cast<__m512>(_mm512_and_si512(v, _mm512_set1_epi32(~0xFFFF)));
+    const __m512 x = _mm512_maskz_sub_ps(low, even, means),
+                 y = _mm512_maskz_sub_ps(high, odd, means);
+    a = _mm512_fmadd_ps(x, x, a);
+    b = _mm512_fmadd_ps(y, y, b);
+  };
+  constexpr __mmask16 all = 0xFFFF;
+  for (i = 0; i + 2 * in_vector <= count; i += 2 * in_vector) {
+    add_squares(_mm512_loadu_si512(row + i), all, all, sum[0], sum[1]);
+    add_squares(_mm512_loadu_si512(row + i + in_vector), all, all, sum[2], sum[3]);
+  }
+  for (; i < count; i += in_vector) {
+    const int64_t left = std::min<int64_t>(count - i, in_vector);
+    const auto first = [](int64_t lanes) { return static_cast<__mmask16>((1u << lanes) - 1); };
+    add_squares(pairs(i), first((left + 1) / 2), first(left / 2), sum[0], sum[1]);
+  }
+  *mean_out = mean;
+  *rstd_out = 1.0f / std::sqrt(total() / static_cast<float>(count) + static_cast<float>(eps));
+}
+#endif
+
 template <class X, class Product = MultiplyAdd<Accumulate<X>>>
 class Forward {
   using C = Accumulate<X>;
@@ -57,14 +109,15 @@ class Forward {
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
-        block_rows_(block_rows<C>(problem.hidden_size)),
-        left_stride_(kColumnBlock + kRowPadding<C>),
+        block_rows_(block_rows<C, Product>(problem.hidden_size)),
+        left_stride_(steps<Product>(kColumnBlock) + kRowPadding<C>),
         hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>),
         // The post norm needs a whole row of the second product before it can start.
         out_columns_(pre_ ? kColumnBlock : width_),
         out_stride_(padded<C>(out_columns_) + kRowPadding<C>) {}
 
   void run(int64_t task, int64_t tasks) {
+    [[maybe_unused]] const typename Product::Setup setup;
     const int64_t r = p_.hidden_stride;
     const int64_t down_size = WeightOperand<X, Product>::size(width_, r);
     const int64_t up_size = WeightOperand<X, Product>::size(r, width_);
@@ -132,13 +185,15 @@ class Forward {
     }
   }
 
-  // Turns values in place into what the product takes as a left operand.
-  void make_operand(C* values, int64_t count) const {
-    if constexpr (Product::kElements > 1) {
-      Product::round(values, count);
-    } else {
-      round_operand(p_, values, count);
-    }
+  // Makes a left operand's row of transform(i, values, extent) of the values `from`, which may lie
+  // where the row does.
+  template <class From, class Transform>
+  void make_operand(const From* from, int64_t count, C* to, Transform&& transform) const {
+    for_each_vector<C>(count, [&](int64_t i, auto extent) {
+      Product::store(to, i, transform(i, load<C>(from + i, extent), extent), extent);
+    });
+    pad_row<C, Product>(to, count);
+    if constexpr (Product::kElements == 1) round_operand(p_, to, count);
   }
 
   // hidden = LN(x) downᵀ, or x downᵀ.
@@ -151,14 +206,13 @@ class Forward {
         C* left = left_ + i * left_stride_;
         if (pre_) {
           const Vector<C> mean = splat<C>(mean_[i]), rstd = splat<C>(rstd_[i]);
-          transform_row<C>(x(i) + column, columns, left, [&](int64_t at, auto v, auto extent) {
-            return (v - mean) * rstd * load<C>(norm_weight_ + column + at, extent) +
-                   load<C>(norm_bias_ + column + at, extent);
+          const C *weight = norm_weight_ + column, *bias = norm_bias_ + column;
+          make_operand(x(i) + column, columns, left, [&](int64_t at, auto v, auto extent) {
+            return (v - mean) * rstd * load<C>(weight + at, extent) + load<C>(bias + at, extent);
           });
         } else {
-          transform_row<C>(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
+          make_operand(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
         }
-        make_operand(left, columns);
       }
       down_.multiply(count, column, columns, 0, view_.bottleneck, {left_, left_stride_, 1}, hidden_,
                      hidden_stride_, column > 0);
@@ -179,9 +233,8 @@ class Forward {
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
         C* h = hidden_ + i * hidden_stride_;
-        transform_row<C>(
-            h, r, h, [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
-        make_operand(h, r);
+        make_operand(h, r, h,
+                     [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
       }
     });
   }
@@ -209,19 +262,20 @@ class Forward {
       const Vector<C> scale = splat<C>(static_cast<C>(plan_.depth_scale));
       const X* from = x(i) + column;
       X* to = y(i) + column;
+      const C *weight = norm_weight_ + column, *bias = norm_bias_ + column, *mask = mask_;
+      const bool residual = p_.residual, penalized = penalties_ != nullptr;
       Vector<C> squares = {};
       for_each_vector<C>(columns, [&](int64_t at, auto extent) {
         Vector<C> d = load<C>(o + at, extent);
         if constexpr (post) {
-          d = (d - mean) * rstd * load<C>(norm_weight_ + column + at, extent) +
-              load<C>(norm_bias_ + column + at, extent);
+          d = (d - mean) * rstd * load<C>(weight + at, extent) + load<C>(bias + at, extent);
         }
-        if constexpr (masked) d *= load<C>(mask_ + at, extent);
+        if constexpr (masked) d *= load<C>(mask + at, extent);
         d *= scale;
-        squares += d * d;
-        store<C>(to + at, p_.residual ? load<C>(from + at, extent) + d : d, extent);
+        if (penalized) squares += d * d;
+        store<C>(to + at, residual ? load<C>(from + at, extent) + d : d, extent);
       });
-      if (penalties_) penalty_[i] += horizontal_sum<C>(squares);
+      if (penalized) penalty_[i] += horizontal_sum<C>(squares);
     };
     if (dropout_.active()) {
       pre_ ? with_options.template operator()<true, false>()
@@ -273,22 +327,11 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
     const int64_t blocks =
         (plan.active_rows + kTileRows - 1) / kTileRows;  // no task for less than a tile
     const int64_t tasks = std::min(parallel.threads, blocks);
-    const auto run = [&]<class Product>() {
+    with_product<X>(problem, [&]<class Product>() {
       parallel(tasks, [&](int64_t task) {
         Forward<X, Product>(problem, plan, penalties.get()).run(task, tasks);
       });
-    };
-#if defined(__AVX512BF16__)
-    constexpr DataType bfloat16 = DataType::kBFloat16;
-    const bool pairs = problem.weight_type == bfloat16 && problem.operand_type == bfloat16;
-    if constexpr (std::is_same_v<X, BFloat16>) {
-      pairs ? run.template operator()<PairDot>() : run.template operator()<MultiplyAdd<C>>();
-    } else {
-      run.template operator()<MultiplyAdd<C>>();
-    }
-#else
-    run.template operator()<MultiplyAdd<C>>();
-#endif
+    });
   }
   C* aux = static_cast<C*>(problem.aux);
   std::fill(aux, aux + problem.routing.adapters, C(0));
@@ -306,12 +349,19 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
 }  // namespace
 
 void linear_adapter_forward(const LinearAdapterForward& problem, const Parallel& parallel) {
+#if defined(__AVX512BF16__)
+  if (problem.data_type != DataType::kBFloat16) {
+    return avx512::linear_adapter_forward(problem, parallel);
+  }
+  forward<BFloat16>(problem, parallel);
+#else
   switch (problem.data_type) {
     case DataType::kFloat64: return forward<double>(problem, parallel);
     case DataType::kFloat32: return forward<float>(problem, parallel);
     case DataType::kBFloat16: return forward<BFloat16>(problem, parallel);
     case DataType::kFloat16: return forward<Float16>(problem, parallel);
   }
+#endif
 }
 
 }  // namespace ADAPTER_EXT_CPU_LEVEL

@@ -21,9 +21,11 @@ inline constexpr int64_t kRowPadding = 64 / static_cast<int64_t>(sizeof(C));
 
 inline constexpr int64_t kMostBlockRows = 96;
 
-// Rows of a block: as many as keep x, and scratch of its size, in a second-level cache.
-template <class C>
+// Rows of a block: as many as keep x, and scratch of its size, in a second-level cache. Tiles are
+// so fast that reading the weights for few rows would take longer than their products.
+template <class C, class Product>
 ADAPTER_EXT_HOST_DEVICE int64_t block_rows(int64_t hidden_size) {
+  if (Product::kStepGroup > 1) return kMostBlockRows;
   const int64_t fitting = (192 << 10) / (hidden_size * static_cast<int64_t>(sizeof(C)));
   return std::clamp<int64_t>(fitting / kTileRows * kTileRows, 48, kMostBlockRows);
 }
@@ -116,16 +118,18 @@ static void unpack_vector(DataType type, const void* from, int64_t count, Accumu
 // A weight matrix as the right operand of products. For many rows it is packed whole, for rows of
 // one block piece by piece as the product needs it, for a single row it is read as it is stored.
 //
-// `Product` says how steps over k are taken. One that takes several elements in a step wants
-// weights of x's type, stored as [columns, k]; left operands are then its steps.
+// `Product` says how steps over k are taken; left operands are its steps. One that takes several
+// elements in a step wants weights of x's type.
 template <class X, class Product = MultiplyAdd<Accumulate<X>>>
 class WeightOperand {
   using C = Accumulate<X>;
-  static constexpr int64_t kElements = Product::kElements;
+  static constexpr bool kPairs = Product::kElements > 1;
 
  public:
   // Elements of the memory that a packed matrix takes.
-  static int64_t size(int64_t k_count, int64_t columns) { return k_count * padded<C>(columns); }
+  static int64_t size(int64_t k_count, int64_t columns) {
+    return steps<Product>(k_count) * padded<C>(columns);
+  }
 
   // `weights` is [k, columns], or [columns, k] where transposed, its rows `stride` apart. `rows`
   // are those that this task will multiply with it, in blocks; `memory` has room for size().
@@ -137,9 +141,8 @@ class WeightOperand {
     k_count_ = k_count;
     transposed_ = transposed;
     memory_ = memory;
-    mode_ = rows == 1 && !rounds_operands(problem) ? kStored
-            : rows <= kMostBlockRows               ? kPieces
-                                                   : kWhole;
+    const bool stored = rows == 1 && !rounds_operands(problem) && (transposed || !kPairs);
+    mode_ = stored ? kStored : rows <= kMostBlockRows ? kPieces : kWhole;
     if (mode_ == kWhole) pack(0, k_count, 0, columns);
   }
 
@@ -149,20 +152,25 @@ class WeightOperand {
                 int64_t columns, LeftOperand<C> left, C* out, int64_t out_row,
                 bool accumulate) const {
     if (mode_ == kWhole) {
-      const int64_t panel_stride = steps(k_count_) * kPanel<C>;
+      const int64_t panel_stride = steps<Product>(k_count_) * kPanel<C>;
       const C* part =
-          memory_ + first_column / kPanel<C> * panel_stride + steps(first_k) * kPanel<C>;
-      return cpu::multiply<C, Product>(rows, columns, steps(k_count), left,
+          memory_ + first_column / kPanel<C> * panel_stride + steps<Product>(first_k) * kPanel<C>;
+      return cpu::multiply<C, Product>(rows, columns, steps<Product>(k_count), left,
                                        {part, panel_stride, kPanel<C>}, out, out_row, accumulate);
     }
     if (mode_ == kStored) {
       with_stored(first_k, first_column, [&](const auto* part) {
-        if constexpr (kElements == 1) {
+        if constexpr (!kPairs) {
           if (!transposed_) {
             return multiply_row_same_order<C>(columns, k_count, left.data, part, stride_, out,
                                               accumulate);
           }
         }
+#if defined(__AMX_BF16__)
+        if constexpr (kPairs) {
+          return multiply_row_tiles(columns, k_count, left.data, part, stride_, out, accumulate);
+        }
+#endif
         multiply_row_transposed<C, Product>(columns, k_count, left.data, part, stride_, out,
                                             accumulate);
       });
@@ -175,9 +183,10 @@ class WeightOperand {
       for (int64_t k = 0; k < k_count; k += kBlockK) {
         const int64_t block = std::min(kBlockK, k_count - k);
         pack(first_k + k, block, first_column + column, part);
-        cpu::multiply<C, Product>(rows, part, steps(block), left.from(0, steps(k)),
-                                  {memory_, steps(block) * kPanel<C>, kPanel<C>}, out + column,
-                                  out_row, accumulate || k > 0);
+        cpu::multiply<C, Product>(rows, part, steps<Product>(block),
+                                  left.from(0, steps<Product>(k)),
+                                  {memory_, steps<Product>(block) * kPanel<C>, kPanel<C>},
+                                  out + column, out_row, accumulate || k > 0);
       }
     }
   }
@@ -185,13 +194,11 @@ class WeightOperand {
  private:
   enum Mode { kStored, kPieces, kWhole };
 
-  static int64_t steps(int64_t k) { return (k + kElements - 1) / kElements; }
-
   // Calls function(typed pointer) for the stored weights from an element on.
   template <class Function>
   void with_stored(int64_t k, int64_t column, Function&& function) const {
     const int64_t offset = transposed_ ? column * stride_ + k : k * stride_ + column;
-    if constexpr (kElements > 1) {
+    if constexpr (kPairs) {
       function(static_cast<const X*>(weights_) + offset);
     } else {
       with_weights<X>(problem_->weight_type, weights_,
@@ -201,14 +208,12 @@ class WeightOperand {
 
   void pack(int64_t first_k, int64_t k_count, int64_t first_column, int64_t columns) const {
     with_stored(first_k, first_column, [&](const auto* part) {
-      if constexpr (kElements == 1) {
-        if (!transposed_) {
-          return pack_same_order<C>(part, stride_, k_count, columns, memory_);
-        }
+      if (!transposed_) {
+        return pack_same_order<C, Product>(part, stride_, k_count, columns, memory_);
       }
       pack_transposed<C, Product>(part, stride_, k_count, columns, memory_);
     });
-    round_operand(*problem_, memory_, size(k_count, columns));
+    if constexpr (!kPairs) round_operand(*problem_, memory_, size(k_count, columns));
   }
 
   const LinearAdapterProblem* problem_;
@@ -218,6 +223,19 @@ class WeightOperand {
   Mode mode_;
   C* memory_;
 };
+
+// Calls function<Product>() with the product that this problem's types have.
+template <class X, class Function>
+static void with_product([[maybe_unused]] const LinearAdapterProblem& problem,
+                         Function&& function) {
+#if defined(__AVX512BF16__)
+  constexpr DataType bfloat16 = DataType::kBFloat16;
+  if (problem.weight_type == bfloat16 && problem.operand_type == bfloat16) {
+    return function.template operator()<BFloat16Product>();
+  }
+#endif
+  function.template operator()<MultiplyAdd<Accumulate<X>>>();
+}
 
 // Dropout of the output: 0 or 1 / keep probability for each element.
 struct Dropout {

@@ -37,13 +37,28 @@ ADAPTER_EXT_HOST_DEVICE int64_t padded(int64_t columns) {
 // added. A step's operands fill a lane of a Vector<C>.
 template <class C>
 struct MultiplyAdd {
-  static constexpr int kElements = 1;              // of k, in a step
-  static constexpr int64_t kBlockSteps = kBlockK;  // steps of one chain
+  static constexpr int kElements = 1;   // of k, in a step
+  static constexpr int kStepGroup = 1;  // operands have whole groups of steps, the last with zeros
+  struct Setup {};                      // lives where a thread multiplies
 
   ADAPTER_EXT_HOST_DEVICE static Vector<C> add(Vector<C> sum, Vector<C> left, Vector<C> right) {
     return sum + left * right;
   }
   ADAPTER_EXT_HOST_DEVICE static Vector<C> splat(const C* step) { return cpu::splat<C>(*step); }
+  ADAPTER_EXT_HOST_DEVICE static Vector<C> round(Vector<C> values) { return values; }
+  // Elements i and on of a left operand's row.
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static Vector<C> element(const C* row, int64_t i, Extent extent) {
+    return cpu::load<C>(row + i, extent);
+  }
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static void store(C* row, int64_t i, Vector<C> values, Extent extent) {
+    cpu::store<C>(row + i, values, extent);
+  }
+  // Makes a step of a right operand of its elements, a row each.
+  ADAPTER_EXT_HOST_DEVICE static void store_step(C* to, const Vector<C> (&elements)[1]) {
+    cpu::store<C>(to, elements[0]);
+  }
   // Steps k, k + 1, ... of a row of `count` elements.
   template <class W, class Extent>
   ADAPTER_EXT_HOST_DEVICE static Vector<C> load(const W* row, int64_t k, int64_t, Extent extent) {
@@ -56,7 +71,8 @@ struct MultiplyAdd {
 // takes subnormal numbers as zero. The last element of an odd count is paired with zero.
 struct PairDot {
   static constexpr int kElements = 2;
-  static constexpr int64_t kBlockSteps = kBlockK / kElements;
+  static constexpr int kStepGroup = 1;
+  struct Setup {};
   using V = Vector<float>;
 
   ADAPTER_EXT_HOST_DEVICE static V add(V sum, V left, V right) {
@@ -72,34 +88,125 @@ struct PairDot {
   ADAPTER_EXT_HOST_DEVICE static V load(const BFloat16* row, int64_t k, int64_t count, Extent) {
     constexpr int most = kElements * kLanes<float>;
     const int64_t left = count - kElements * k;
-    const __mmask32 mask = left >= most ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+    const __mmask32 mask = left >= most ? ~__mmask32{0} : left > 0 ? (__mmask32{1} << left) - 1 : 0;
     return bit_cast<V>(_mm512_maskz_loadu_epi16(mask, row + kElements * k));
   }
-  // Rounds `count` elements to bfloat16, in place: the first half of their memory then holds pairs.
-  static void round(float* values, int64_t count) {
-    const auto round_vector = [&](int64_t i, auto extent) {
-      const V v = cpu::load<float>(values + i, extent);
-      const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
-      std::memcpy(reinterpret_cast<char*>(values) + sizeof(BFloat16) * i, &narrow, sizeof(narrow));
+  // What the product takes the values for.
+  ADAPTER_EXT_HOST_DEVICE static V round(V values) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(values));
+    return bit_cast<V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(narrow)), 16));
+  }
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static V element(const float* row, int64_t i, Extent extent) {
+    return cpu::load<float>(reinterpret_cast<const BFloat16*>(row) + i, extent);
+  }
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static void store(float* row, int64_t i, V values, Extent extent) {
+    const __m256i narrow = bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(values)));
+    BFloat16* to = reinterpret_cast<BFloat16*>(row) + i;
+    if constexpr (std::is_same_v<Extent, FullVector>) {
+      std::memcpy(to, &narrow, sizeof(narrow));
+    } else {
+      const auto mask = static_cast<__mmask16>((1u << extent.count) - 1);
+      _mm256_mask_storeu_epi16(to, mask, narrow);
+    }
+  }
+  ADAPTER_EXT_HOST_DEVICE static void store_step(float* to, const V (&elements)[2]) {
+    const __m512bh halves =
+        _mm512_cvtne2ps_pbh(bit_cast<__m512>(elements[1]), bit_cast<__m512>(elements[0]));
+    cpu::store<float>(to, pair_halves(bit_cast<__m512i>(halves)));
+  }
+  // A step of elements that are bfloat16 already, a vector of columns; null: zero.
+  template <class Extent>
+  ADAPTER_EXT_HOST_DEVICE static V load_step(const BFloat16* even, const BFloat16* odd,
+                                             Extent extent) {
+    const auto load_row = [&](const BFloat16* row) {
+      if constexpr (std::is_same_v<Extent, FullVector>) {
+        return row ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))
+                   : _mm256_setzero_si256();
+      } else {
+        const auto mask = static_cast<__mmask16>(row ? (1u << extent.count) - 1 : 0u);
+        return _mm256_maskz_loadu_epi16(mask, row);
+      }
     };
-    for_each_vector<float>(count, round_vector);
+    return pair_halves(
+        _mm512_inserti64x4(_mm512_castsi256_si512(load_row(even)), load_row(odd), 1));
+  }
+  // The low half's elements each beside the high half's.
+  ADAPTER_EXT_HOST_DEVICE static V pair_halves(__m512i halves) {
+    alignas(64) static constexpr uint16_t order[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return bit_cast<V>(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
   }
 };
 #endif
 
-// A left operand: element (row, k) is data[row * row_stride + k * k_stride], or with k in panels
-// data[row * row_stride + k / kPanel * panel_stride + k % kPanel * k_stride].
+#if defined(__AMX_BF16__)
+// The same pairs, multiplied by tile registers of 16 rows by 16 steps: rows of left operands and of
+// results are computed by sixteens, and there is memory for them.
+struct TileDot : PairDot {
+  static constexpr int kTile = 16;
+  static constexpr int kStepGroup = kTile;
+
+  // Tile registers 0 to 3 are sums, 4 and 5 left operands, 6 and 7 right ones.
+  class Setup {
+   public:
+    Setup() {
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
+      } configuration;
+      _tile_loadconfig(order_memory(&configuration));
+    }
+    ~Setup() { _tile_release(); }
+    Setup(const Setup&) = delete;
+    Setup& operator=(const Setup&) = delete;
+  };
+
+  // Keeps the compiler from moving stores over the intrinsics, which do not say what they read.
+  template <class T>
+  ADAPTER_EXT_HOST_DEVICE static T* order_memory(T* pointer) {
+    __asm__ volatile("" : "+r"(pointer) : : "memory");
+    return pointer;
+  }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+using BFloat16Product = TileDot;
+#elif defined(__AVX512BF16__)
+using BFloat16Product = PairDot;
+#endif
+
+// Steps over so many elements of k, in whole groups.
+template <class Product>
+ADAPTER_EXT_HOST_DEVICE int64_t steps(int64_t elements) {
+  constexpr int64_t group = Product::kElements * Product::kStepGroup;
+  return (elements + group - 1) / group * Product::kStepGroup;
+}
+
+// Zeros behind the `count` elements of a left operand's row, to whole groups of steps.
+template <class C, class Product>
+ADAPTER_EXT_HOST_DEVICE void pad_row(C* row, int64_t count) {
+  if constexpr (Product::kElements > 1) {
+    const int64_t end = steps<Product>(count) * Product::kElements;
+    std::memset(reinterpret_cast<BFloat16*>(row) + count, 0,
+                static_cast<size_t>(end - count) * sizeof(BFloat16));
+  }
+}
+
+// A left operand: element (row, k) is data[row * row_stride + k * k_stride].
 template <class C>
 struct LeftOperand {
   const C* data;
   int64_t row_stride;
   int64_t k_stride;
-  int64_t panel_stride = kPanel<C> * k_stride;
 
-  // The part that starts at a row and at a k, a multiple of the panel width.
+  // The part that starts at a row and at a k.
   ADAPTER_EXT_HOST_DEVICE LeftOperand from(int64_t row, int64_t k) const {
-    return {data + row * row_stride + k / kPanel<C> * panel_stride, row_stride, k_stride,
-            panel_stride};
+    return {data + row * row_stride + k * k_stride, row_stride, k_stride};
   }
 };
 
@@ -117,20 +224,17 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, 
                  int64_t out_row, bool accumulate) {
   using V = Vector<C>;
   V sum[rows][vectors] = {};
-  for (int64_t panel = 0; panel < k_count; panel += kPanel<C>, left.data += left.panel_stride) {
-    const C* a = left.data;
-    const int64_t end = std::min(kPanel<C>, k_count - panel);
-    for (int64_t k = 0; k < end; ++k, a += left.k_stride, b += b_k) {
-      V right[vectors];
+  const C* a = left.data;
+  for (int64_t k = 0; k < k_count; ++k, a += left.k_stride, b += b_k) {
+    V right[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
+    for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
 #pragma GCC unroll 16
-      for (int row = 0; row < rows; ++row) {
-        const V value = Product::splat(a + row * left.row_stride);
+    for (int row = 0; row < rows; ++row) {
+      const V value = Product::splat(a + row * left.row_stride);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          sum[row][v] = Product::add(sum[row][v], value, right[v]);
-        }
+      for (int v = 0; v < vectors; ++v) {
+        sum[row][v] = Product::add(sum[row][v], value, right[v]);
       }
     }
   }
@@ -158,19 +262,85 @@ ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, Le
   }
 }
 
+#if defined(__AMX_BF16__)
+// Row tiles by column tiles of a product.
+template <int row_tiles, int column_tiles>
+static void tiles(int64_t k_count, LeftOperand<float> left, const float* b, int64_t b_k, float* out,
+                  int64_t out_row, bool accumulate) {
+  constexpr int tile = TileDot::kTile;
+  const int64_t left_bytes = left.row_stride * 4, right_bytes = b_k * 4, out_bytes = out_row * 4;
+  float* const right_out = out + tile;
+  float* const low_out = out + tile * out_row;
+  float* const low_right_out = low_out + tile;
+  if (accumulate) {
+    _tile_loadd(0, out, out_bytes);
+    if constexpr (column_tiles == 2) _tile_loadd(1, right_out, out_bytes);
+    if constexpr (row_tiles == 2) _tile_loadd(2, low_out, out_bytes);
+    if constexpr (row_tiles == 2 && column_tiles == 2) _tile_loadd(3, low_right_out, out_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const float* a = left.data;
+  const float* low_a = a + tile * left.row_stride;
+  for (int64_t k = 0; k < k_count; k += tile, a += tile, low_a += tile, b += tile * b_k) {
+    _tile_loadd(4, a, left_bytes);
+    _tile_loadd(6, b, right_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (column_tiles == 2) {
+      _tile_loadd(7, b + tile, right_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (row_tiles == 2) {
+      _tile_loadd(5, low_a, left_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (column_tiles == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, out_bytes);
+  if constexpr (column_tiles == 2) _tile_stored(1, right_out, out_bytes);
+  if constexpr (row_tiles == 2) _tile_stored(2, low_out, out_bytes);
+  if constexpr (row_tiles == 2 && column_tiles == 2) _tile_stored(3, low_right_out, out_bytes);
+}
+
+// multiply() below, with tile registers; k is contiguous in the left operand.
+static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<float> left,
+                           RightOperand<float> right, float* out, int64_t out_row,
+                           bool accumulate) {
+  constexpr int tile = TileDot::kTile;
+  left.data = TileDot::order_memory(left.data);
+  for (int64_t column = 0; column < columns; column += kPanel<float>) {
+    const float* b = right.data + column / kPanel<float> * right.panel_stride;
+    const bool narrow = columns - column <= tile;
+    for (int64_t row = 0; row < rows; row += 2 * tile) {
+      const auto run = rows - row <= tile ? (narrow ? tiles<1, 1> : tiles<1, 2>)
+                                          : (narrow ? tiles<2, 1> : tiles<2, 2>);
+      run(k_count, left.from(row, 0), b, right.k_stride, out + row * out_row + column, out_row,
+          accumulate);
+    }
+  }
+}
+#endif
+
 // out [rows, columns] (+)= left [rows, k] right [k, columns], k in steps of the product. The rows
 // of `out` are out_row elements apart and padded to whole panels; the padding gets the product with
 // the padding of `right`.
 template <class C, class Product = MultiplyAdd<C>>
 static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<C> left,
                      RightOperand<C> right, C* out, int64_t out_row, bool accumulate) {
+  if constexpr (Product::kStepGroup > 1) {
+    return multiply_tiles(rows, columns, k_count, left, right, out, out_row, accumulate);
+  }
   if (k_count == 0 && !accumulate) {
     for (int64_t row = 0; row < rows; ++row) {
       std::fill(out + row * out_row, out + row * out_row + padded<C>(columns), C(0));
     }
   }
-  for (int64_t k = 0; k < k_count; k += Product::kBlockSteps) {
-    const int64_t block = std::min(Product::kBlockSteps, k_count - k);
+  constexpr int64_t block_steps = kBlockK / Product::kElements;
+  for (int64_t k = 0; k < k_count; k += block_steps) {
+    const int64_t block = std::min(block_steps, k_count - k);
     for (int64_t column = 0, panel = 0; column < columns; column += kPanel<C>, ++panel) {
       const C* b = right.data + panel * right.panel_stride + k * right.k_stride;
       const bool narrow = columns - column <= kLanes<C>;
@@ -187,26 +357,27 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand
 
 // ---- Packing of a weight matrix, stored as W, into a right operand of panels [k][kPanel].
 
-// Packs [k, columns], rows `stride` apart.
-template <class C, class W>
-static void pack_same_order(const W* from, int64_t stride, int64_t k_count, int64_t columns,
+// Packs [elements of k, columns], rows `stride` apart, to steps of the product.
+template <class C, class Product = MultiplyAdd<C>, class W>
+static void pack_same_order(const W* from, int64_t stride, int64_t elements, int64_t columns,
                             C* to) {
-  const int64_t panel_size = k_count * kPanel<C>;
+  constexpr int in_step = Product::kElements;
+  const int64_t k_count = steps<Product>(elements), panel_size = k_count * kPanel<C>;
   for (int64_t k = 0; k < k_count; ++k) {
-    const W* source = from + k * stride;
-    C* panel = to + k * kPanel<C>;
-    int64_t column = 0;
-    for (; column + kPanel<C> <= columns; column += kPanel<C>, panel += panel_size) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) {
-        store<C>(panel + v * kLanes<C>, load<C>(source + column + v * kLanes<C>));
+    const int64_t present = std::min<int64_t>(in_step, elements - k * in_step);
+    const auto pack = [&](int64_t column, auto extent) {
+      const W* source = from + k * in_step * stride + column;
+      C* to_step = to + column / kPanel<C> * panel_size + k * kPanel<C> + column % kPanel<C>;
+      if constexpr (in_step == 1) {
+        store<C>(to_step, load<C>(source, extent));
+      } else {
+        store<C>(to_step, Product::load_step(present > 0 ? source : nullptr,
+                                             present > 1 ? source + stride : nullptr, extent));
       }
-    }
-    for (int64_t lane = 0; column < columns && lane < kPanel<C>; lane += kLanes<C>) {
-      const int64_t left = std::min<int64_t>(columns - column - lane, kLanes<C>);
-      store<C>(panel + lane,
-               left > 0 ? load<C>(source + column + lane, PartialVector{left}) : Vector<C>{});
-    }
+    };
+    for_each_vector<C>(columns, pack);
+    const int64_t end = (columns + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+    if (end < padded<C>(columns)) pack(end, PartialVector{0});
   }
 }
 
@@ -264,7 +435,7 @@ template <class C, class Product = MultiplyAdd<C>, class W>
 static void pack_transposed(const W* from, int64_t stride, int64_t elements, int64_t columns,
                             C* to) {
   constexpr int lanes = kLanes<C>;
-  const int64_t k_count = (elements + Product::kElements - 1) / Product::kElements;
+  const int64_t k_count = steps<Product>(elements);
   for (int64_t column = 0; column < columns; column += kPanel<C>, to += k_count * kPanel<C>) {
     for (int64_t part = 0; part < kPanel<C>; part += lanes) {
       const int64_t valid = std::min<int64_t>(lanes, columns - column - part);
@@ -299,15 +470,16 @@ static void multiply_row_transposed(int64_t columns, int64_t elements, const C* 
                                     const W* weights, int64_t stride, C* out, bool accumulate) {
   constexpr int lanes = kLanes<C>;
   constexpr int64_t line = 64 / sizeof(W) / Product::kElements;  // steps
-  const int64_t k_count = (elements + Product::kElements - 1) / Product::kElements;
+  constexpr int64_t block_steps = kBlockK / Product::kElements;
+  const int64_t k_count = steps<Product>(elements);
   // As many rows at once as a vector has lanes: each is consumed a cache line at a time, since rows
   // a power of two apart share a cache set, and asked for beforehand, since they are more streams
   // than the hardware prefetches.
   constexpr int64_t ahead = 2 * lanes;
   const auto some_columns = [&](int64_t column, auto column_extent) {
     const bool prefetch = column + ahead + lanes <= columns;
-    for (int64_t block = 0; block < k_count; block += Product::kBlockSteps) {
-      const int64_t end = std::min(block + Product::kBlockSteps, k_count);
+    for (int64_t block = 0; block < k_count; block += block_steps) {
+      const int64_t end = std::min(block + block_steps, k_count);
       Vector<C> sum = {};
       const auto add_square = [&](int64_t k, auto extent) {
         const W* source = weights + column * stride;
@@ -349,6 +521,50 @@ static void multiply_row_transposed(int64_t columns, int64_t elements, const C* 
   };
   for_each_vector<C>(columns, some_columns);
 }
+
+#if defined(__AMX_BF16__)
+// out [columns] (+)= left [elements] Wᵀ, W [columns, elements]: W is the left operand, and its
+// product with the row the first column of the result.
+static void multiply_row_tiles(int64_t columns, int64_t elements, const float* left,
+                               const BFloat16* weights, int64_t stride, float* out,
+                               bool accumulate) {
+  constexpr int tile = TileDot::kTile;
+  constexpr int64_t depth = TileDot::kElements * tile;
+  alignas(64) float sums[tile][tile] = {};
+  alignas(64) BFloat16 edge[tile][depth];
+  left = TileDot::order_memory(left);
+  for (int64_t column = 0; column < columns; column += tile) {
+    const int64_t rows = std::min<int64_t>(tile, columns - column);
+    const bool prefetch = column + 3 * tile <= columns;
+    _tile_zero(0);
+    if (accumulate) {
+      for (int64_t i = 0; i < rows; ++i) sums[i][0] = out[column + i];
+      _tile_loadd(0, TileDot::order_memory(&sums[0][0]), sizeof(sums[0]));
+    }
+    for (int64_t k = 0; k < elements; k += depth) {
+      const int64_t count = std::min(depth, elements - k);
+      const BFloat16* from = weights + column * stride + k;
+      if (rows == tile && count == depth) {
+        for (int i = 0; prefetch && i < tile; ++i) {
+          __builtin_prefetch(from + (i + 2 * tile) * stride);
+        }
+        _tile_loadd(4, from, stride * static_cast<int64_t>(sizeof(BFloat16)));
+      } else {
+        std::memset(edge, 0, sizeof(edge));
+        for (int64_t i = 0; i < rows; ++i) {
+          std::copy(from + i * stride, from + i * stride + count, edge[i]);
+        }
+        _tile_loadd(4, TileDot::order_memory(&edge[0][0]), sizeof(edge[0]));
+      }
+      // Steps one after the other: what is behind a tile's first column does not matter.
+      _tile_loadd(6, left + k / TileDot::kElements, sizeof(float));
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, &sums[0][0], sizeof(sums[0]));
+    for (int64_t i = 0; i < rows; ++i) out[column + i] = sums[i][0];
+  }
+}
+#endif
 
 // out [columns] (+)= left [k] W, W [k, columns].
 template <class C, class W>

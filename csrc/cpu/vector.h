@@ -109,6 +109,14 @@ ADAPTER_EXT_HOST_DEVICE Vector<C> load(const X* from) {
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 ADAPTER_EXT_HOST_DEVICE auto bfloat16_bits(Vector<float> v) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers as zero.
+  constexpr int subnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(v), subnormal) == 0, 1)) {
+    return bit_cast<typename VectorOf<uint16_t, kLanes<float>>::type>(
+        _mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+  }
+#endif
   const auto bits = bit_cast<Vector<uint32_t>>(v);
   const auto rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const auto quiet = (bits >> 16) | 0x40u;
