@@ -28,7 +28,7 @@ struct ColumnLayout {
   int x, gradient;            // x̂ or x, and do or du: [kRows, 64]
   int down[2];                // [kStep, 64]
   int hidden_sum;             // [threads]: Σ dh
-  int partial;                // a pointer
+  int range;                  // a RowRange
   int vector_sums;            // post: see VectorSums
   int total;                  // a tile of sums [64, 64], in the place of the operands
   bool one_piece;             // the bottleneck is no longer than a step: its piece of `down` stays
@@ -177,7 +177,7 @@ __global__ __launch_bounds__(kThreads) void vectors_kernel(
   const unsigned groups = static_cast<unsigned>((b.hidden_stride + kWarps - 1) / kWarps);
   const int64_t a = blockIdx.x / groups;
   const int64_t j = blockIdx.x % groups * kWarps + threadIdx.x / 32;
-  const AdapterView view = params.adapters.at(a).view;
+  const AdapterView view = params.adapters.view(a);
   if (j >= view.bottleneck || first_position(b.routing, a) == first_position(b.routing, a + 1)) {
     return;
   }
@@ -455,26 +455,21 @@ class WeightGradients {
  public:
   __device__ __forceinline__ WeightGradients(const LinearAdapterBackward& b, const Adapter& adapter,
                                              int64_t column_block)
-      : view_(adapter.view),
-        gradients_(adapter.gradients),
-        column_(column_block * kBlock),
-        width_(b.hidden_size),
-        is_float_(b.weight_type == DataType::kFloat32),
-        pre_(b.norm_position == NormPosition::kPre) {}
+      : b_(b), view_(adapter.view), gradients_(adapter.gradients), column_(column_block * kBlock) {}
 
   // d_down from M [64, 64] and v [64] of a block of the bottleneck, both in shared memory; adds to
   // the norm's gradients.
   __device__ __forceinline__ void down(const C* sums, const C* hidden_sum, int64_t block) {
     const Own own;
     const int64_t first = block * kBlock;
-    const bool aligned = is_aligned(gradients_.down, row_bytes(width_));
-    const int64_t left = width_ - column_ - own.column();
+    const bool aligned = is_aligned(gradients_.down, row_bytes(width()));
+    const int64_t left = width() - column_ - own.column();
     if (gradients_.down && left > 0) {
       C weight[kVector<X>] = {}, bias[kVector<X>] = {};
-      if (pre_) {
-        load_weights<X>(weight, view_.norm_weight, is_float_, column_ + own.column(), left,
+      if (pre()) {
+        load_weights<X>(weight, view_.norm_weight, is_float(), column_ + own.column(), left,
                         is_aligned(view_.norm_weight));
-        load_weights<X>(bias, view_.norm_bias, is_float_, column_ + own.column(), left,
+        load_weights<X>(bias, view_.norm_bias, is_float(), column_ + own.column(), left,
                         is_aligned(view_.norm_bias));
       }
 #pragma unroll 1
@@ -483,23 +478,23 @@ class WeightGradients {
         if (first + j >= view_.bottleneck) break;
         C values[kVector<X>];
         load_sums(values, sums + j * kSumPitch<C> + own.column());
-        if (pre_) {
+        if (pre()) {
 #pragma unroll
           for (int e = 0; e < kVector<X>; ++e) {
             values[e] = values[e] * weight[e] + hidden_sum[j] * bias[e];
           }
         }
-        store_weights(gradients_.down, (first + j) * width_ + column_ + own.column(), values, left,
+        store_weights(gradients_.down, (first + j) * width() + column_ + own.column(), values, left,
                       aligned);
       }
     }
-    if (!pre_ || !(gradients_.norm_weight || gradients_.norm_bias)) return;
+    if (!pre() || !(gradients_.norm_weight || gradients_.norm_bias)) return;
     const int c = thread_index() % kBlock;
-    if (column_ + c >= width_) return;
+    if (column_ + c >= width()) return;
     for (int j = thread_index() / kBlock; j < kBlock; j += kThreads / kBlock) {
       if (first + j >= view_.bottleneck) break;
       const int64_t at = (first + j) * view_.down_stride + column_ + c;
-      const C weight = load_weight<C, X>(view_.down, is_float_, at);
+      const C weight = load_weight<C, X>(view_.down, is_float(), at);
       norm_weight_ += weight * sums[j * kSumPitch<C> + c];
       norm_bias_ += weight * hidden_sum[j];
     }
@@ -515,7 +510,7 @@ class WeightGradients {
 #pragma unroll 1
     for (int v = 0; v < Own::kCount; ++v) {
       const int c = own.row(v);
-      if (column_ + c >= width_) break;
+      if (column_ + c >= width()) break;
       C values[kVector<X>];
       load_sums(values, sums + c * kSumPitch<C> + own.column());
       store_weights(gradients_.up, (column_ + c) * r + j, values, r - j, aligned);
@@ -537,33 +532,33 @@ class WeightGradients {
     norm(thread, weight, bias);
   }
   __device__ __forceinline__ void norm(int c, C weight, C bias) const {
-    if (column_ + c >= width_) return;
+    if (column_ + c >= width()) return;
     store_weight(gradients_.norm_weight, column_ + c, weight);
     store_weight(gradients_.norm_bias, column_ + c, bias);
   }
 
   // Of an adapter without rows.
   __device__ __forceinline__ void clear() const {
-    const int64_t columns = width_ - column_ < kBlock ? width_ - column_ : kBlock;
+    const int64_t columns = width() - column_ < kBlock ? width() - column_ : kBlock;
     const int64_t r = view_.bottleneck;
     for (int64_t i = threadIdx.x; i < r * columns; i += kThreads) {
       store_weight(gradients_.up, column_ * r + i, C(0));
     }
     const int c = thread_index() % kBlock;
     for (int64_t j = threadIdx.x / kBlock; j < r && c < columns; j += kThreads / kBlock) {
-      store_weight(gradients_.down, j * width_ + column_ + c, C(0));
+      store_weight(gradients_.down, j * width() + column_ + c, C(0));
     }
     if (threadIdx.x < kBlock) norm(thread_index(), C(0), C(0));
   }
 
  private:
   __device__ __forceinline__ int64_t row_bytes(int64_t columns) const {
-    return columns * (is_float_ ? 4 : static_cast<int64_t>(sizeof(X)));
+    return columns * (is_float() ? 4 : static_cast<int64_t>(sizeof(X)));
   }
 
   __device__ __forceinline__ void store_weight(void* to, int64_t index, C value) const {
     if (!to) return;
-    if (is_float_) {
+    if (is_float()) {
       static_cast<float*>(to)[index] = static_cast<float>(value);
     } else {
       static_cast<X*>(to)[index] = static_cast<X>(value);
@@ -573,7 +568,7 @@ class WeightGradients {
   __device__ __forceinline__ void store_weights(void* to, int64_t index,
                                                 const C (&values)[kVector<X>], int64_t count,
                                                 bool aligned) const {
-    if (!is_float_ || std::is_same_v<X, float>) {
+    if (!is_float() || std::is_same_v<X, float>) {
       return store(static_cast<X*>(to) + index, values, count, aligned);
     }
 #pragma unroll
@@ -587,10 +582,14 @@ class WeightGradients {
     }
   }
 
+  __device__ __forceinline__ bool pre() const { return b_.norm_position == NormPosition::kPre; }
+  __device__ __forceinline__ bool is_float() const { return b_.weight_type == DataType::kFloat32; }
+  __device__ __forceinline__ int64_t width() const { return b_.hidden_size; }
+
+  const LinearAdapterBackward& b_;
   const AdapterView& view_;
   const AdapterGradients& gradients_;
-  const int64_t column_, width_;
-  const bool is_float_, pre_;
+  const int64_t column_;
   C norm_weight_ = 0, norm_bias_ = 0;
 };
 
@@ -659,6 +658,15 @@ __device__ __forceinline__ void store_tile(C* to, int64_t pitch, int64_t rows, i
   }
 }
 
+// A block's part of a segment, from a position to another, and where its sums go: null if it is all
+// of the segment. In shared memory.
+template <class C>
+struct RowRange {
+  Segment segment;
+  int64_t first, end;
+  C* sums;
+};
+
 // Second kernel: dx, and sums over rows for the weights' gradients, for a block of columns and a
 // range of an adapter's rows.
 template <class X, class P>
@@ -677,29 +685,31 @@ __global__ __launch_bounds__(
   const LinearAdapterBackward& b = params.problem;
   const ColumnLayout& layout = params.layout;
   const unsigned column_blocks = static_cast<unsigned>(params.column_blocks);
-  const int64_t column_block = blockIdx.x % column_blocks;
+  const int column_block = static_cast<int>(blockIdx.x % column_blocks);
   const Depth depth{b, params.depth, params.sample_rows};
-  const Segment segment = params.parts.find(b.routing, blockIdx.x / column_blocks);
-  if (segment.adapter >= b.routing.adapters) return;
-  const Adapter& adapter = params.adapters.share(segment.adapter, layout.rows.adapter);
-  __syncthreads();
+  const auto range = [&]() -> RowRange<C>& { return *shared_at<RowRange<C>>(layout.range); };
+  {
+    const Segment found = params.parts.find(b.routing, blockIdx.x / column_blocks);
+    if (found.adapter >= b.routing.adapters) return;
+    params.adapters.share(found.adapter, layout.rows.adapter);
+    if (thread_index() == 0) {
+      const int64_t first = found.begin + found.part * params.parts.size.value;
+      const int64_t end = first + params.parts.size.value;
+      const bool whole = found.end - found.begin <= params.parts.size.value;
+      range() = {found, first, end < found.end ? end : found.end,
+                 whole ? nullptr : partial<C>(params, found, found.part, column_block)};
+    }
+    __syncthreads();
+  }
+  const Segment& segment = range().segment;
+  const Adapter& adapter = *shared_at<Adapter>(layout.rows.adapter);
   const Wanted wanted{b, adapter.gradients};
   WeightGradients<X, P> weight_gradients(b, adapter, column_block);
-  const int64_t range = params.parts.size.value;
-  const int64_t first = segment.begin + segment.part * range;
-  const int64_t end = first + range < segment.end ? first + range : segment.end;
-  if (first >= end || !depth.keeps_adapter(segment.adapter)) {
+  if (range().first >= segment.end || !depth.keeps_adapter(segment.adapter)) {
     if (segment.part == 0) weight_gradients.clear();
     return;
   }
-  // Where the sums over the range go; null where it has all rows of the adapter.
-  const auto to = [&]() -> C*& { return *shared_at<C*>(layout.partial); };
-  if (thread_index() == 0) {
-    const bool whole = segment.end - segment.begin <= range;
-    to() = whole ? nullptr : partial<C>(params, segment, segment.part, column_block);
-  }
   const Gradient output_gradient(params, segment);
-  const bool wants_out = output_gradient.wants_out();
   const bool pre = b.norm_position == NormPosition::kPre;
   const auto wants_gradient = [&] { return wanted.up() || (!pre && wanted.norm()); };
   const int64_t width = b.hidden_size;
@@ -710,12 +720,12 @@ __global__ __launch_bounds__(
   if (!pre) vector_sums.clear();
   // Rows are found while those before them are worked on.
   const auto tile_at = [&](int64_t chunk) {
-    const int64_t left = end - chunk;
+    const int64_t left = range().end - chunk;
     return Tile(b, layout.rows, segment, chunk,
                 left < 0      ? 0
                 : left < rows ? static_cast<int>(left)
                               : rows,
-                adapter.view, static_cast<int>((chunk - first) / rows & 1));
+                adapter.view, static_cast<int>((chunk - range().first) / rows & 1));
   };
 
   for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
@@ -726,13 +736,16 @@ __global__ __launch_bounds__(
     const bool input_gradient = block == 0 && wanted.x();
     const bool wants_x = wanted.down() || (input_gradient && pre);
     __syncthreads();
-    tile_at(first).find_rows(depth);
-    for (int64_t chunk = first; chunk < end; chunk += rows) {
+    tile_at(range().first).find_rows(depth);
+    for (int64_t chunk = range().first; chunk < range().end; chunk += rows) {
       const Tile tile = tile_at(chunk);
       const int count = tile.count;
-      const T* hidden_gradients =
-          static_cast<const T*>(params.hidden_gradients) + chunk * params.padded;
-      const T* activated = static_cast<const T*>(params.activated) + chunk * params.padded;
+      const auto hidden_gradients = [&] {
+        return static_cast<const T*>(params.hidden_gradients) + chunk * params.padded;
+      };
+      const auto activated = [&] {
+        return static_cast<const T*>(params.activated) + chunk * params.padded;
+      };
       __syncthreads();
       const auto copy = [&](T* to, const T* from) {
         constexpr int n = kVector<T>, across = kBlock / n;
@@ -746,22 +759,22 @@ __global__ __launch_bounds__(
                      there ? 16 : 0);
         }
       };
-      copy(shared_at<T>(layout.hidden_gradient), hidden_gradients);
-      copy(shared_at<T>(layout.rows.activated), activated);
+      copy(shared_at<T>(layout.hidden_gradient), hidden_gradients());
+      copy(shared_at<T>(layout.rows.activated), activated());
       if (wants_x) {
         bring<Own>(shared_at<X>(layout.x_part), static_cast<const X*>(b.x), tile.row(), count,
-                   column_block * kBlock, width, aligned(b.x));
+                   int64_t{column_block} * kBlock, width, aligned(b.x));
       }
       bring<Own>(shared_at<X>(layout.gradient_part), static_cast<const X*>(b.grad_y), tile.row(),
-                 count, column_block * kBlock, width, aligned(b.grad_y));
+                 count, int64_t{column_block} * kBlock, width, aligned(b.grad_y));
       copy_async_commit();
       const auto fill_down = [&](int piece) {
-        tile.down().template fill<X, P, S, kStep<P>, kBlock>(shared_at<T>(layout.down[piece & 1]),
-                                                             kBlockPitch<P>, piece * kStep<P>,
-                                                             column_block * kBlock, tile.rounding);
+        tile.down().template fill<X, P, S, kStep<P>, kBlock>(
+            shared_at<T>(layout.down[piece & 1]), kBlockPitch<P>, piece * kStep<P>,
+            int64_t{column_block} * kBlock, tile.rounding);
         copy_async_commit();
       };
-      if (input_gradient && layout.one_piece && chunk == first) fill_down(0);
+      if (input_gradient && layout.one_piece && chunk == range().first) fill_down(0);
       if (const int thread = thread_index(); thread < rows) {
         C sums[4] = {};
         if (thread < count) {
@@ -775,8 +788,8 @@ __global__ __launch_bounds__(
       tile_at(chunk + rows).find_rows(depth);
       copy_async_wait<0>();
       __syncthreads();
-      if (wants_out && wants_gradient()) {
-        UpProduct<X, P, S> up(tile, activated, params.padded);
+      if (output_gradient.wants_out() && wants_gradient()) {
+        UpProduct<X, P, S> up(tile, activated(), params.padded);
         up.start(column_block, 1);
         Product<P, S> product;
         up.next(product);
@@ -788,7 +801,7 @@ __global__ __launch_bounds__(
       for (int v = 0; v < Own::kCount; ++v) {
         const Own own;
         const int i = own.row(v);
-        const int64_t column = column_block * kBlock + own.column();
+        const int64_t column = int64_t{column_block} * kBlock + own.column();
         if (wanted.down()) {
           C values[kVector<X>];
           load_aligned(values, shared_at<X>(layout.x_part) + own.at(v));
@@ -851,7 +864,7 @@ __global__ __launch_bounds__(
           fill_tile<P, S, rows, kStep<P>>(
               left, kStepPitch<P>, DataType::kFloat64, [&](int i, int at, auto& values) {
                 const int64_t j = piece * kStep<P> + at;
-                load(values, hidden_gradients + i * params.padded + j,
+                load(values, hidden_gradients() + i * params.padded + j,
                      i < count && j < params.padded ? kVector<T> : 0, true);
               });
           copy_async_wait<0>();
@@ -866,7 +879,7 @@ __global__ __launch_bounds__(
       product.template store<Space::kShared>(tile.sums(), kSumPitch<C>);
       __syncthreads();
       const Own own;
-      const int64_t column = column_block * kBlock + own.column(), left = width - column;
+      const int64_t column = int64_t{column_block} * kBlock + own.column(), left = width - column;
       C weight[kVector<X>] = {}, bias[kVector<X>] = {};
       if (pre && left > 0) tile.load_norm(weight, bias, column);
 #pragma unroll 1
@@ -911,24 +924,24 @@ __global__ __launch_bounds__(
         for (int other = thread; other < kThreads; other += kBlock) sum += hidden_sums[other];
         hidden_sums[thread] = sum;
         const int64_t j = block * kBlock + thread;
-        if (to() && j < params.padded) to()[2 * params.padded * kBlock + j] = sum;
+        if (range().sums && j < params.padded) range().sums[2 * params.padded * kBlock + j] = sum;
       }
-      if (!to()) {
+      if (!range().sums) {
         __syncthreads();
         weight_gradients.down(total(), hidden_sums, block);
       } else {
-        store_tile<S>(to() + block * kBlock * kBlock, kBlock, params.padded - block * kBlock,
-                      kBlock, total());
+        store_tile<S>(range().sums + block * kBlock * kBlock, kBlock,
+                      params.padded - block * kBlock, kBlock, total());
       }
     }
     if (wanted.up()) {
       __syncthreads();
       up_sum.template store<Space::kShared>(total(), kSumPitch<C>);
       __syncthreads();
-      if (!to()) {
+      if (!range().sums) {
         weight_gradients.up(total(), block);
       } else {
-        store_tile<S>(to() + params.padded * kBlock + block * kBlock, params.padded, kBlock,
+        store_tile<S>(range().sums + params.padded * kBlock + block * kBlock, params.padded, kBlock,
                       params.padded - block * kBlock, total());
       }
     }
@@ -936,14 +949,14 @@ __global__ __launch_bounds__(
   if (!wanted.norm()) return;
   __syncthreads();
   if (pre) {
-    if (!to()) weight_gradients.norm(shared_at<C>(layout.total));
+    if (!range().sums) weight_gradients.norm(shared_at<C>(layout.total));
     return;
   }
   const int thread = thread_index();
   if (thread >= kBlock) return;
   const C weight = vector_sums.sum(0, thread), bias = vector_sums.sum(1, thread);
-  if (!to()) return weight_gradients.norm(thread, weight, bias);
-  C* const sums = to() + params.partial_size() - 2 * kBlock;
+  if (!range().sums) return weight_gradients.norm(thread, weight, bias);
+  C* const sums = range().sums + params.partial_size() - 2 * kBlock;
   sums[thread] = weight;
   sums[kBlock + thread] = bias;
 }
@@ -1102,7 +1115,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
   take_rows<C>(layout.rows, room, rows, 2);
   layout.row_mean = room.take<C>(rows);
   layout.row_product = room.take<C>(rows);
-  layout.partial = room.take<C*>(1);
+  layout.range = room.take<RowRange<C>>(1);
   if (b.norm_position == NormPosition::kPost) {
     layout.vector_sums = room.take<C>(VectorSums<X, C, S::kWarps>::kSize);
   }

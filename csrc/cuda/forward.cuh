@@ -629,7 +629,8 @@ void forward_whole(const ForwardCall& call, ForwardParams& params) {
   const LinearAdapterForward& f = call.problem;
   // Two blocks of a multiprocessor, so that one computes while the other waits. Large tiles that do
   // not fit then have one to themselves, with more of x, which otherwise is read again from memory.
-  const int64_t whole = call.limits.shared_memory, half = whole / 2;
+  const int64_t reserved = 1024;  // by CUDA, for each block
+  const int64_t whole = call.limits.shared_memory, half = (whole - reserved) / 2;
   SharedLayout& layout = params.layout;
   layout = shared_layout<X, P, S>(f, half);
   const bool fits = layout.activated_resident;

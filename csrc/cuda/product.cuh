@@ -297,12 +297,16 @@ struct WeightMatrix {
                    count * static_cast<int>(sizeof(T)));
       }
     } else {
-      fill_tile<P, S, tile_rows, tile_columns>(
-          tile, pitch, rounding, [&](int tile_row, int tile_column, auto& values) {
-            const int64_t left = row + tile_row < rows ? columns - column - tile_column : 0;
-            load_weights<X>(values, data, is_float,
-                            (row + tile_row) * stride + column + tile_column, left, aligned);
-          });
+#pragma unroll 1  // registers are full of sums
+      for (int i = 0; i < tile_rows * across / S::kThreads; ++i) {
+        const int vector = thread_index() + i * S::kThreads;
+        const int tile_row = vector / across, tile_column = vector % across * n;
+        const int64_t left = row + tile_row < rows ? columns - column - tile_column : 0;
+        typename P::Sum values[n];
+        load_weights<X>(values, data, is_float, (row + tile_row) * stride + column + tile_column,
+                        left, aligned);
+        store_operands<P>(tile + tile_row * pitch + tile_column, values, rounding);
+      }
     }
   }
 };

@@ -61,13 +61,23 @@ struct Adapters {
   // after a barrier.
   __device__ __forceinline__ const Adapter& share(int64_t a, int offset) const {
     Adapter* shared = shared_at<Adapter>(offset);
-    if (threadIdx.x == 0) *shared = at(a);
+    if (stacked) {
+      if (threadIdx.x == 0) *shared = of_stack(a);
+    } else if (const int word = static_cast<int>(threadIdx.x); word < kWords) {
+      const Adapter* from = (list ? list : adapter) + a;
+      reinterpret_cast<uint64_t*>(shared)[word] = reinterpret_cast<const uint64_t*>(from)[word];
+    }
     return *shared;
   }
 
-  __device__ __forceinline__ Adapter at(int64_t a) const {
-    if (list) return list[a];
-    if (!stacked) return adapter[a];
+  __device__ __forceinline__ AdapterView view(int64_t a) const {
+    return stacked ? of_stack(a).view : (list ? list : adapter)[a].view;
+  }
+
+ private:
+  static constexpr int kWords = sizeof(Adapter) / 8;
+
+  __device__ __forceinline__ Adapter of_stack(int64_t a) const {
     Adapter result = adapter[0];
     const auto move = [a]<class Void>(Void*& pointer, int64_t step) {
       using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
