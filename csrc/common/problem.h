@@ -51,12 +51,12 @@ struct AdapterTable {
 };
 
 struct LinearAdapterProblem {
-  DataType data_type;     // of x and y
-  DataType weight_type;   // data_type or kFloat32
+  DataType data_type;    // of x and y
+  DataType weight_type;  // data_type or kFloat32
   // Operands of the products are rounded to it; kFloat32 and data_type: not rounded, but on CUDA
   // 16-bit operands are.
   DataType operand_type;
-  bool tf32;              // CUDA: products of float32 may round their operands to TF32
+  bool tf32;  // CUDA: products of float32 may round their operands to TF32
   Activation activation;
   NormPosition norm_position;
   DepthMode depth_mode;
