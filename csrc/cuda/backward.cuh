@@ -90,14 +90,12 @@ class OutputGradient {
   };
 
   __device__ __forceinline__ OutputGradient(const BackwardParams& params, const Segment& segment)
-      : b_(params.problem),
-        dropout_(b_, params.dropout),
-        scale_(static_cast<C>(params.depth.kept_scale)) {
+      : b_(params.problem), dropout_(b_, params.dropout), depth_(params.depth) {
     if (b_.l2_lambda && b_.grad_aux) {
       const C samples = static_cast<C>(params.sample_rows.divide(segment.end - segment.begin));
       pull_ = C(2) * static_cast<const C*>(b_.l2_lambda)[segment.adapter] *
-              static_cast<const C*>(b_.grad_aux)[segment.adapter] / samples * scale_ *
-              static_cast<C>(params.dropout.kept_scale);
+              static_cast<const C*>(b_.grad_aux)[segment.adapter] / samples *
+              static_cast<C>(depth_.kept_scale) * static_cast<C>(params.dropout.kept_scale);
     }
   }
 
@@ -135,8 +133,9 @@ class OutputGradient {
       for (int e = 0; e < n; ++e) values.d[e] += pull_ * o[e];
     }
     dropout_.apply(values.d, tile.row()[i], column);
+    const C scale = static_cast<C>(depth_.kept_scale);
 #pragma unroll
-    for (int e = 0; e < n; ++e) values.d[e] *= scale_;
+    for (int e = 0; e < n; ++e) values.d[e] *= scale;
   }
 
   // du of the post norm, from do and the row's means of do ⊙ γ and of do ⊙ γ ⊙ û.
@@ -153,7 +152,7 @@ class OutputGradient {
  private:
   const LinearAdapterBackward& b_;
   const Dropout dropout_;
-  const C scale_;
+  const Chance& depth_;
   C pull_ = 0;  // κ, times the scale of what is kept
 };
 
@@ -685,7 +684,7 @@ __global__ __launch_bounds__(
   const LinearAdapterBackward& b = params.problem;
   const ColumnLayout& layout = params.layout;
   const unsigned column_blocks = static_cast<unsigned>(params.column_blocks);
-  const int column_block = static_cast<int>(blockIdx.x % column_blocks);
+  const int64_t column_block = blockIdx.x % column_blocks;
   const Depth depth{b, params.depth, params.sample_rows};
   const auto range = [&]() -> RowRange<C>& { return *shared_at<RowRange<C>>(layout.range); };
   {
@@ -718,14 +717,14 @@ __global__ __launch_bounds__(
   };
   const VectorSums<X, C, S::kWarps> vector_sums{layout.vector_sums};
   if (!pre) vector_sums.clear();
-  // Rows are found while those before them are worked on.
-  const auto tile_at = [&](int64_t chunk) {
-    const int64_t left = range().end - chunk;
+  // Rows are found while those before them are worked on. `done`: how many those are.
+  const auto tile_at = [&](int64_t done) {
+    const int64_t chunk = range().first + done, left = range().end - chunk;
     return Tile(b, layout.rows, segment, chunk,
                 left < 0      ? 0
                 : left < rows ? static_cast<int>(left)
                               : rows,
-                adapter.view, static_cast<int>((chunk - range().first) / rows & 1));
+                adapter.view, static_cast<int>(done / rows & 1));
   };
 
   for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
@@ -736,15 +735,15 @@ __global__ __launch_bounds__(
     const bool input_gradient = block == 0 && wanted.x();
     const bool wants_x = wanted.down() || (input_gradient && pre);
     __syncthreads();
-    tile_at(range().first).find_rows(depth);
-    for (int64_t chunk = range().first; chunk < range().end; chunk += rows) {
-      const Tile tile = tile_at(chunk);
+    tile_at(0).find_rows(depth);
+    for (int64_t done = 0; range().first + done < range().end; done += rows) {
+      const Tile tile = tile_at(done);
       const int count = tile.count;
       const auto hidden_gradients = [&] {
-        return static_cast<const T*>(params.hidden_gradients) + chunk * params.padded;
+        return static_cast<const T*>(params.hidden_gradients) + tile.first * params.padded;
       };
       const auto activated = [&] {
-        return static_cast<const T*>(params.activated) + chunk * params.padded;
+        return static_cast<const T*>(params.activated) + tile.first * params.padded;
       };
       __syncthreads();
       const auto copy = [&](T* to, const T* from) {
@@ -774,18 +773,18 @@ __global__ __launch_bounds__(
             int64_t{column_block} * kBlock, tile.rounding);
         copy_async_commit();
       };
-      if (input_gradient && layout.one_piece && chunk == range().first) fill_down(0);
+      if (input_gradient && layout.one_piece && done == 0) fill_down(0);
       if (const int thread = thread_index(); thread < rows) {
         C sums[4] = {};
         if (thread < count) {
-          load_aligned(sums, static_cast<const C*>(params.row_sums) + 4 * (chunk + thread));
+          load_aligned(sums, static_cast<const C*>(params.row_sums) + 4 * (tile.first + thread));
         }
         tile.mean()[thread] = sums[0];
         tile.rstd()[thread] = sums[1];
         shared_at<C>(layout.row_mean)[thread] = sums[2];
         shared_at<C>(layout.row_product)[thread] = sums[3];
       }
-      tile_at(chunk + rows).find_rows(depth);
+      tile_at(done + rows).find_rows(depth);
       copy_async_wait<0>();
       __syncthreads();
       if (output_gradient.wants_out() && wants_gradient()) {

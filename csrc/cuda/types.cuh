@@ -23,9 +23,17 @@ struct Shape {
 };
 using SmallTile = Shape<16, 128>;
 using LargeTile = Shape<64, 256>;
-// Blocks that a multiprocessor must have registers for: 128 a thread, where sums are floats.
+// Blocks that a multiprocessor must have registers for: 128 a thread, where sums are floats. Where
+// shared memory has room for one large tile alone, they may be more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+inline constexpr bool kOneLargeTile = true;
+#else
+inline constexpr bool kOneLargeTile = false;
+#endif
 template <class S, class C>
-inline constexpr int kResident = 2048 / static_cast<int>(sizeof(C)) / S::kThreads;
+inline constexpr int kResident = kOneLargeTile && S::kThreads == LargeTile::kThreads
+                                     ? 1
+                                     : 2048 / static_cast<int>(sizeof(C)) / S::kThreads;
 inline constexpr int kThreads = SmallTile::kThreads;  // of blocks without a tile
 inline constexpr int kWarps = SmallTile::kWarps;
 
