@@ -48,8 +48,10 @@ PRODUCTS = (
 # The kernels that write rows where they multiply; all of PRODUCTS read rows and weights there.
 WRITES_ROWS = ("forward_kernel", "forward_up_kernel", "backward_columns_kernel")
 # Threads of a multiprocessor that the kernels with products must have registers for: two blocks of
-# 256, or four of 128, and half of that for float64. kResident in csrc/cuda asks nvcc for it.
-LEAST_THREADS, LEAST_THREADS_FLOAT64 = 512, 256
+# 256, or four of 128. Half of that for float64, or where shared memory has room for one block of
+# 256. kResident in csrc/cuda asks nvcc for it.
+LEAST_THREADS, HALF_OF_THEM = 512, 256
+ONE_LARGE_TILE = 120  # architectures from this one on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +278,8 @@ def problems(kernel: Kernel, launch: Launch | None) -> list[str]:
     elif kernel.function in PRODUCTS:
         machine = MACHINES[kernel.arch]
         threads = kernel.blocks_by_registers(launch.threads, machine) * launch.threads
-        least = LEAST_THREADS_FLOAT64 if kernel.types == "fp64" else LEAST_THREADS
+        alone = kernel.arch >= ONE_LARGE_TILE and launch.threads == HALF_OF_THEM
+        least = HALF_OF_THEM if alone or kernel.types == "fp64" else LEAST_THREADS
         if threads < least:
             wrong.append(f"{kernel.registers} registers are for {threads} threads, not {least}")
     return [f"{kernel.name}, sm_{kernel.arch}: {reason}" for reason in wrong]
