@@ -1,6 +1,6 @@
 """The ops: :func:`linear_adapter` and :func:`route`, differentiable and compilable.
 
-The native kernels are ``torch.ops.adapter_ext.*`` (schemas in ``csrc/library_cpu.cpp``). Eager code
+The native kernels are ``torch.ops.adapter_ext.*`` (schemas in ``csrc/schemas.h``). Eager code
 reaches them through a ``torch.autograd.Function`` below autograd, torch.compile through the
 formula registered with ``torch.library``: both share one backward, but in eager mode the registered
 one takes two to three times as long for a small call.
