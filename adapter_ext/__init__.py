@@ -1,5 +1,6 @@
 """NeMo's adapter API on native PyTorch ops: one batch, every row its own adapter."""
 
+from adapter_ext import optim
 from adapter_ext.access import AccessMixin, set_access_cfg
 from adapter_ext.adapters import (
     AdapterConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "get_registered_adapter",
     "instantiate",
     "linear_adapter",
+    "optim",
     "register_adapter",
     "register_target",
     "route",

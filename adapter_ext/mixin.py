@@ -27,6 +27,7 @@ from adapter_ext.strategies import AbstractAdapterStrategy
 
 if TYPE_CHECKING:
     from adapter_ext.routing import Routes
+    from adapter_ext.sample_counts import Counter
 
 _OF_A_MODEL = (
     "adapter {!r} was added to a whole model: call this on the model, which may have it in other "
@@ -80,6 +81,7 @@ class AdapterModuleMixin(ABC):
     # The routes in force, the innermost last, each with the thread that set it. Plain attributes:
     # torch.compile refuses ContextVar, and reads a thread-local once and for all.
     _adapter_routes: tuple[tuple[int, Routes], ...] = ()
+    _sample_counter: Counter | None = None
 
     # --- Adding -----------------------------------------------------------------------------------
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from adapter_ext import ops
+from adapter_ext import ops, sample_counts
 from adapter_ext.fused import FusedCall, Settings, autocast_dtype
 from adapter_ext.mixin import AdapterModuleMixin, hosts_of, strategy_of
 from adapter_ext.strategies import (
@@ -58,6 +58,12 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
     Recomputation by ``torch.utils.checkpoint`` needs the routes again: pass it
     ``context_fn=lambda: (nullcontext(), route_adapters(model, names))``.
 
+    Adapters that no sample uses get no gradient (None): optimizers of PyTorch leave them alone. In
+    two cases every adapter gets one, zero for those without samples: in compiled code with indices,
+    and for enabled adapters with trainable parameters in a process group of several processes,
+    where gradients are summed over processes that route to different adapters.
+    :func:`adapter_ext.optim.drop_idle_gradients` tells those zeros from others.
+
     Args:
         module: any module that has adapters, or submodules with adapters.
         names: an adapter's name or None (no adapter) for each sample; or indices by
@@ -71,11 +77,13 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
             forward, if the input does not have as many samples.
     """
     hosts = hosts_of(module)
-    routes = (
-        _from_indices(names, module, hosts)
-        if isinstance(names, Tensor)
-        else _from_names(names, module, hosts)
-    )
+    if isinstance(names, Tensor):
+        routes = _from_indices(names, module, hosts)
+    else:
+        routes = _from_names(names, module, hosts)
+    if torch.is_grad_enabled() and routes.may_be_idle:
+        for host in hosts:
+            sample_counts.prepare(host)
     entry = (threading.get_ident(), routes)
     # Not by nn.Module.__setattr__, which costs more than a microsecond a host.
     with _lock:
@@ -115,7 +123,8 @@ def _from_names(
         name = next(name for name in used if name in unknown)
         raise ValueError(f"there is no adapter named {name!r}; there are {list(_index(hosts))}")
     ids = torch.tensor([-1 if n is None else used[n] for n in names], dtype=torch.int64)
-    return Routes(tuple(used), ids)
+    shared = _shared_by_processes(hosts)
+    return Routes((*used, *(name for name in shared if name not in used)), ids, None, shared)
 
 
 def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin]) -> Routes:
@@ -130,17 +139,42 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
         for host in hosts
         for name in host._adapters().keys() - set(host._enabled_adapters)
     }
-    if ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < -1 or high >= len(index):
-            raise ValueError(
-                f"indices of adapters must be in [-1, {len(index)}), got {low} to {high}; "
-                f"there are {index}"
-            )
-        for name, host in disabled.items():
-            if bool((ids == index[name]).any()):
-                raise _disabled_error(name, module, host)
-    return Routes(tuple(None if name in disabled else name for name in index), ids)
+    present = ids.unique().tolist()  # type: ignore[no-untyped-call]
+    if present and (present[0] < -1 or present[-1] >= len(index)):
+        raise ValueError(
+            f"indices of adapters must be in [-1, {len(index)}), got {present[0]} to "
+            f"{present[-1]}; there are {index}"
+        )
+    names = list(index)
+    used = {names[i] for i in present if i >= 0}
+    for name, host in disabled.items():
+        if name in used:
+            raise _disabled_error(name, module, host)
+    shared = _shared_by_processes(hosts)
+    enabled = tuple(None if name in disabled else name for name in names)
+    return Routes(enabled, ids, used.union(shared), shared)
+
+
+def _shared_by_processes(hosts: list[AdapterModuleMixin]) -> list[str]:
+    """Adapters that need a gradient here, as another process may route samples to them.
+
+    Returns:
+        The adapters that are trained and nowhere disabled; none in a single process.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return []
+    if distributed.get_world_size() == 1 or not torch.is_grad_enabled():
+        return []
+    trained: dict[str, None] = {}
+    disabled: set[str] = set()
+    for host in hosts:
+        for name, adapter in host._adapters().items():
+            if name not in host._enabled_adapters:
+                disabled.add(name)
+            elif any(p.requires_grad for p in adapter.parameters()):
+                trained[name] = None
+    return [name for name in trained if name not in disabled]
 
 
 def _disabled_error(name: str, module: nn.Module, host: AdapterModuleMixin) -> ValueError:
@@ -173,11 +207,24 @@ class Routes:
     Args:
         names: names by index; None: no sample has that index.
         ids: int64 ``[B]`` or ``[B, T]``, indices into names, -1 for none.
+        used: the names to run, all those that have samples among them; None: all. Compiled code,
+            which must do for other ids as well, runs all.
+        shared: the names to run, with or without samples, as other processes may have some.
     """
 
-    def __init__(self, names: tuple[str | None, ...], ids: Tensor) -> None:
+    def __init__(
+        self,
+        names: tuple[str | None, ...],
+        ids: Tensor,
+        used: set[str] | None,
+        shared: Collection[str],
+    ) -> None:
         self._names = names
         self._ids = ids
+        self._used = used
+        self._shared = bool(shared)
+        self.may_be_idle = used is not None or self._shared
+        """Whether adapters may run without samples."""
         # What layers share: made once a batch. Empty forever in compiled code, which would
         # recompile as it fills, and which merges equal calls itself.
         self._cache: dict[Any, Any] = {}
@@ -202,6 +249,10 @@ class Routes:
                 f"adapters are routed for samples of shape {list(shape)}, so the input must be "
                 f"{[*shape, '...', 'D']}; got {list(x.shape)}"
             )
+        compiling = torch.compiler.is_compiling()
+        names = self._names
+        if not compiling and self._used is not None:
+            names = tuple(name if name in self._used else None for name in names)
         groups: dict[tuple[Any, ...], _Group] = {}
         alone: list[tuple[int, str, nn.Module, AbstractAdapterStrategy]] = []
         adapters = host._adapters()
@@ -212,7 +263,7 @@ class Routes:
             and "forward_single_enabled_adapter_" not in host.__dict__
         )
         last_kind: tuple[Any, ...] = ()
-        for i, name in enumerate(self._names):
+        for i, name in enumerate(names):
             adapter = None if name is None else adapters.get(name)
             if name is None or adapter is None:
                 continue
@@ -235,8 +286,8 @@ class Routes:
             if kind != last_kind:  # most are like the one before
                 last_kind = kind
                 group = groups.setdefault(kind, _Group([], [], [], []))
-            names, group_adapters, weights, l2_lambdas = group
-            names.append(name)
+            group_names, group_adapters, weights, l2_lambdas = group
+            group_names.append(name)
             group_adapters.append(adapter)
             weights.append(tensors)
             l2_lambdas.append(l2_lambda)
@@ -245,6 +296,10 @@ class Routes:
             x = self._forward_group(host, x, _Kind(*kind), group)
         for i, name, adapter, strategy in alone:
             x = self._forward_alone(host, x, i, name, adapter, strategy)
+        counter = host._sample_counter
+        if counter is not None and (compiling or self._shared) and x.requires_grad:
+            offsets = self._routing(counter.names, x.device).offsets
+            x = sample_counts.count(counter, x, offsets.diff())
         return x
 
     def _forward_group(
@@ -281,7 +336,7 @@ class Routes:
         strategy: AbstractAdapterStrategy,
     ) -> Tensor:
         own = (self._ids_on(x.device).flatten() == i).nonzero().squeeze(1)
-        if own.numel() == 0:
+        if own.numel() == 0 and not self._shared:
             return x
         samples = x.flatten(0, self._ids.ndim - 1)
         mine = samples.index_select(0, own)

@@ -16,6 +16,7 @@ from griffe2md import ConfigDict, render_package_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "api.md"
+PACKAGES = ("adapter_ext", "adapter_ext.optim")
 CONFIG: ConfigDict = {
     "allow_inspection": False,
     "docstring_options": {"returns_multiple_items": False, "returns_named_value": False},
@@ -35,7 +36,7 @@ LINK = re.compile(r"\[([^][]*)\]\(#([^()]*)\)")
 
 def render() -> str:
     """The API reference in Markdown."""
-    text = render_package_docs("adapter_ext", CONFIG)
+    text = "\n\n".join(render_package_docs(name, CONFIG) for name in PACKAGES)
     # Roles and literal blocks of reStructuredText.
     text = re.sub(r":(?:attr|class|data|func|meth|mod):`~?([^`]+)`", r"`\1`", text)
     text = re.sub(r"^::\n\n", "", text, flags=re.MULTILINE)

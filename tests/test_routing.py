@@ -411,10 +411,8 @@ def test_aux_loss_is_each_adapters_own(block):
     block.adapter_layer["x1"].requires_grad_(False)
     with block.route_adapters(torch.tensor([0, 4])):
         block(rand(2, D))
-    registry = AccessMixin.get_module_registry(block)
-    assert set(registry) == {"adapter_layer.a1", "adapter_layer.module"}
-    assert registry["adapter_layer.a1"]["adapter_loss"][0] == 0
-    AccessMixin.reset_registry(block)
+    # Of the adapters of the batch: a has no loss, x1 is frozen.
+    assert not AccessMixin.get_module_registry(block)
 
 
 def test_routes_made_in_inference_mode_serve_training_too(block):

@@ -1,0 +1,363 @@
+"""Training many adapters in one step, each as if it were alone.
+
+::
+
+    optimizer = adapter_ext.optim.AdamW(model, lr=1e-3, adapters={"fr": {"lr": 3e-4}})
+    for x, target, names in batches:
+        optimizer.zero_grad()
+        with adapter_ext.route_adapters(model, names):
+            losses = F.cross_entropy(model(x), target, reduction="none")
+        adapter_ext.optim.mean_per_adapter(losses, names).backward()
+        optimizer.step()
+
+An optimizer of PyTorch leaves a parameter alone whose gradient is None: its moments, its step count
+and its weight decay too. All that is done here is to make that so for adapters without samples, and
+to give each adapter a parameter group of its own. The arithmetic is PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapter_ext import sample_counts
+from adapter_ext.mixin import hosts_of, named_hosts
+
+__all__ = ["AdamW", "adapter_groups", "drop_idle_gradients", "mean_per_adapter"]
+
+
+def adapter_groups(
+    model: nn.Module, adapters: Mapping[str, Mapping[str, Any]] | Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups, one an adapter, for any optimizer.
+
+    Args:
+        model: any module; its submodules have the adapters.
+        adapters: the names of those that are wanted, or by name the options of their groups
+            (``{"fr": {"lr": 3e-4}, "de": {}}``); None means all.
+
+    Returns:
+        A group each: ``"params"``, the adapter's parameters in the whole model that require grad;
+        ``"adapter"``, its name; and its options. Adapters without such parameters have none.
+
+    Raises:
+        ValueError: if there is no adapter of a name, or none of its parameters requires grad.
+    """
+    parameters: dict[str, list[nn.Parameter]] = {}
+    for host in hosts_of(model):
+        for name, adapter in host._adapters().items():
+            own = parameters.setdefault(name, [])
+            own.extend(p for p in adapter.parameters() if p.requires_grad)
+    if adapters is None:
+        adapters = [name for name, own in parameters.items() if own]
+    for name in adapters:
+        if name not in parameters:
+            raise ValueError(f"there is no adapter named {name!r}; there are {list(parameters)}")
+        if not parameters[name]:
+            raise ValueError(f"no parameter of adapter {name!r} requires grad: unfreeze it first")
+    options = adapters if isinstance(adapters, Mapping) else {}
+    return [
+        {"params": parameters[name], "adapter": name, **options.get(name, {})} for name in adapters
+    ]
+
+
+def drop_idle_gradients(
+    model: nn.Module, process_group: torch.distributed.ProcessGroup | None = None
+) -> None:
+    """Sets the gradients to None of adapters that had no samples in the backward passes.
+
+    For any optimizer but :class:`AdamW`, which does it itself: call it before ``step``. It matters
+    where :func:`adapter_ext.route_adapters` says that adapters without samples have gradients.
+    Each call starts the count of samples anew; in other cases it does nothing.
+
+    Args:
+        model: any module; its submodules have the adapters.
+        process_group: where torch.distributed is in use, the processes whose samples count; None
+            means all. Each of them must call this.
+    """
+    for host, name in sample_counts.take_idle(model, process_group):
+        for parameter in host._adapters()[name].parameters():
+            parameter.grad = None
+
+
+class AdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` for adapters that are trained together, each as if it were alone.
+
+    Each adapter is a parameter group, with options of its own; other parameters can be added with
+    ``add_param_group``. A step leaves adapters without samples untouched bit for bit: weights,
+    moments, step count.
+
+    Args:
+        model: any module; its submodules have the adapters. May be wrapped by
+            DistributedDataParallel or torch.compile.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        max_norm: clips the gradient of each adapter to this norm, taken over all its parameters in
+            the model, before a step; None does not clip.
+        adapters: which adapters, and which of the options above each has instead; see
+            :func:`adapter_groups`. None means all with parameters that require grad.
+        process_group: see :func:`drop_idle_gradients`.
+        fused: whether to use PyTorch's fused kernels.
+        **options: other options of ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: if an option is out of range, or an adapter unknown or frozen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        max_norm: float | None = None,
+        adapters: Mapping[str, Mapping[str, Any]] | Sequence[str] | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        fused: bool = True,
+        **options: Any,
+    ) -> None:
+        groups = adapter_groups(model, adapters)
+        if not groups:
+            raise ValueError("there are no adapters with parameters that require grad")
+        for group in groups:
+            group.setdefault("max_norm", max_norm)
+        super().__init__(groups, lr, betas, eps, weight_decay, fused=fused, **options)
+        # A fused step would unscale the gradients itself, after they were clipped.
+        self._step_supports_amp_scaling = False
+        self.model = model
+        self.process_group = process_group
+        self._max_norm = max_norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Steps the adapters that had samples since the last step.
+
+        Args:
+            closure: computes the gradients and returns the loss.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        drop_idle_gradients(self.model, self.process_group)
+        for group in self.param_groups:
+            if group.get("max_norm") is not None:
+                nn.utils.clip_grad_norm_(group["params"], group["max_norm"])
+        step: Any = torch.optim.AdamW.step
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__  # the wrapper runs hooks, as the one around this method does
+        step(self)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets the gradients to None, and forgets samples of backward passes without a step.
+
+        Args:
+            set_to_none: must be True; with gradients of zero, adapters without samples would be
+                stepped.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if not set_to_none:
+            raise ValueError(
+                "set_to_none must be True: a gradient of zero is not that of no sample"
+            )
+        super().zero_grad()
+        sample_counts.forget(self.model)
+
+    def match_model(
+        self, adapters: Mapping[str, Mapping[str, Any]] | Sequence[str] | None = None
+    ) -> None:
+        """Follows the model after adapters were added, removed, renamed, frozen or unfrozen.
+
+        The groups become those of a new optimizer. Adapters that stay keep their options and state,
+        also under a new name; new ones start from nothing; of others no state remains. Learning
+        rate schedulers must be made anew, since they know groups by their number.
+
+        Args:
+            adapters: as in the constructor; options that are given here replace kept ones.
+
+        Raises:
+            ValueError: if there is no adapter of a name, or none of its parameters requires grad.
+                Nothing has changed then.
+        """
+        wanted = adapter_groups(self.model, adapters)
+        before = {
+            parameter: group
+            for group in self.param_groups
+            if "adapter" in group
+            for parameter in group["params"]
+        }
+        others = [group for group in self.param_groups if "adapter" not in group]
+        kept = {parameter for group in wanted for parameter in group["params"]}
+        self.param_groups = others
+        for group in wanted:
+            old = next((before[p] for p in group["params"] if p in before), {})
+            self.add_param_group({"max_norm": self._max_norm, **old, **group})
+        for parameter in before.keys() - kept:
+            self.state.pop(parameter, None)
+
+    def adapter_state_dict(self, name: str) -> dict[str, Any]:
+        """The options and the state of one adapter, for ``torch.save``.
+
+        Args:
+            name: the adapter's.
+
+        Returns:
+            ``"options"`` of its group, and ``"state"``: by parameter, named
+            ``"path.of.module:name.in.adapter"``, what the optimizer keeps of it.
+
+        Raises:
+            ValueError: if the adapter has no group.
+        """
+        group = self._group(name)
+        return {
+            "options": {k: v for k, v in group.items() if k not in ("params", "adapter")},
+            "state": {
+                key: dict(self.state[parameter])
+                for key, parameter in self._named_parameters(name).items()
+                if parameter in self.state
+            },
+        }
+
+    def load_adapter_state_dict(self, name: str, state_dict: Mapping[str, Any]) -> None:
+        """Restores what :meth:`adapter_state_dict` returned, also under another name.
+
+        Args:
+            name: the adapter's.
+            state_dict: the options and the state; copied.
+
+        Raises:
+            ValueError: if the adapter has no group, or the state is of other parameters. Nothing
+                has changed then.
+        """
+        group = self._group(name)
+        parameters = self._named_parameters(name)
+        state = {}
+        for key, values in state_dict["state"].items():
+            if key not in parameters:
+                raise ValueError(
+                    f"the state is of {key!r}, which adapter {name!r} does not have or does not "
+                    f"train; it trains {list(parameters)}"
+                )
+            parameter = parameters[key]
+            shape = values["exp_avg"].shape
+            if shape != parameter.shape:
+                raise ValueError(
+                    f"the state of {key!r} of adapter {name!r} must have its shape, "
+                    f"{list(parameter.shape)}, got {list(shape)}"
+                )
+            state[parameter] = {k: v.detach().clone() for k, v in values.items()}
+        for parameter in parameters.values():
+            self.state.pop(parameter, None)
+        group.update(state_dict["options"])
+        for parameter, values in state.items():
+            on_device = group["fused"] or group["capturable"]
+            for key, value in values.items():
+                if key != "step":
+                    values[key] = value.to(parameter)
+                elif on_device:
+                    values[key] = value.to(parameter.device)
+            self.state[parameter] = values
+
+    def _group(self, name: str) -> dict[str, Any]:
+        groups = {group["adapter"]: group for group in self.param_groups if "adapter" in group}
+        if name not in groups:
+            raise ValueError(f"adapter {name!r} is not trained here; those are {list(groups)}")
+        return groups[name]
+
+    def _named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters in the optimizer, as :meth:`adapter_state_dict` names them."""
+        own = set(self._group(name)["params"])
+        return {
+            f"{path}:{key}": parameter
+            for path, host in named_hosts(_unwrapped(self.model))
+            if name in host._adapters()
+            for key, parameter in host._adapters()[name].named_parameters()
+            if parameter in own
+        }
+
+
+def mean_per_adapter(
+    losses: Tensor,
+    names: Sequence[str | None] | Tensor,
+    *,
+    counts: Mapping[Any, int] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """The sum over adapters of the mean loss of each one's own samples.
+
+    Its gradient for an adapter is that of a batch of its samples alone; a mean over the whole batch
+    would divide it by the number of all samples.
+
+    Args:
+        losses: the losses of samples, ``[B]``, or of rows, ``[B, T]``.
+        names: what :func:`adapter_ext.route_adapters` got: names, or indices of losses's shape.
+            Samples without an adapter are averaged on their own.
+        counts: by name, or index, the number of samples to divide by; None means those of this
+            call. For gradient accumulation, give those of all the batches of the step.
+        process_group: processes whose gradients are averaged, by DistributedDataParallel or
+            fully_shard for instance: the means are over the samples of all of them. Each must call
+            this.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: if losses has another shape than names, or counts lacks an adapter.
+    """
+    keys: Sequence[Any]
+    if isinstance(names, Tensor):
+        shape = tuple(names.shape)
+        ids = names.to(losses.device)
+        keys = names.flatten().tolist() if counts is not None or process_group is not None else []
+    else:
+        shape = (len(names),)
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        ids = torch.tensor([numbers[name] for name in names], device=losses.device)
+        keys = names
+    if tuple(losses.shape) != shape:
+        raise ValueError(
+            f"losses must have a loss for each of the samples {list(shape)} that were routed, "
+            f"got {list(losses.shape)}"
+        )
+    processes = 1
+    if process_group is not None:
+        processes = torch.distributed.get_world_size(process_group)
+        if counts is None:
+            counters: list[Counter[Any] | None] = [None] * processes
+            torch.distributed.all_gather_object(counters, Counter(keys), group=process_group)
+            counts = sum((c for c in counters if c is not None), Counter())
+    if counts is None:
+        ordered = ids.flatten().sort().values
+        # The number of samples of each sample's adapter, without waiting for the device.
+        samples = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    else:
+        missing = [key for key in keys if key not in counts]
+        if missing:
+            raise ValueError(f"counts must have adapter {missing[0]!r}; it has {list(counts)}")
+        samples = torch.tensor([counts[key] for key in keys], device=losses.device).reshape(shape)
+    return (losses / samples).sum() * processes
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module within what DistributedDataParallel and torch.compile put around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model

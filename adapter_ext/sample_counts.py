@@ -1,0 +1,118 @@
+"""How many samples of each adapter took part in the backward passes of a step.
+
+An adapter that is run without samples has gradients of zero. So has one whose samples were all
+dropped, by stochastic depth for instance, and an optimizer must step that one. What tells them
+apart is counted in the backward itself, as the gradient of a tensor that each host keeps: so it is
+right whatever was compiled, recomputed, or run without a backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapter_ext.mixin import AdapterModuleMixin, hosts_of
+
+
+class Counter(NamedTuple):
+    """What a host keeps.
+
+    Attributes:
+        names: its adapters.
+        total: a leaf ``[A]``, whose gradient is the number of samples of each.
+    """
+
+    names: tuple[str, ...]
+    total: Tensor
+
+
+class _Count(torch.autograd.Function):
+    """The identity, in whose backward the counts become the gradient of the total."""
+
+    @staticmethod
+    def forward(y: Tensor, total: Tensor, counts: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return grad, counts.to(torch.float32), None
+
+
+def prepare(host: AdapterModuleMixin) -> None:
+    """Gives a host a counter for its present adapters, before a forward that may count."""
+    adapters = host._adapters()
+    names = tuple(adapters)
+    device = next((p.device for a in adapters.values() for p in a.parameters()), None)
+    counter = host._sample_counter
+    if counter is None or counter.names != names or counter.total.device != device:
+        total = torch.zeros(len(names), device=device, requires_grad=True)
+        object.__setattr__(host, "_sample_counter", Counter(names, total))
+
+
+def count(counter: Counter, y: Tensor, counts: Tensor) -> Tensor:
+    """Lets the backward through a host's result count samples.
+
+    Args:
+        counter: the host's.
+        y: its result.
+        counts: int64 ``[A]``, samples of each of the counter's adapters.
+
+    Returns:
+        y.
+    """
+    return cast(Tensor, _Count.apply(y, counter.total, counts))  # type: ignore[no-untyped-call]
+
+
+def forget(module: nn.Module) -> None:
+    """Starts the count of samples anew in all hosts of a module."""
+    for host in hosts_of(module):
+        _take(host)
+
+
+def take_idle(
+    module: nn.Module, process_group: torch.distributed.ProcessGroup | None
+) -> list[tuple[AdapterModuleMixin, str]]:
+    """The adapters that ran without a sample since this was last called; waits for the device.
+
+    Args:
+        module: any module; its submodules are the hosts.
+        process_group: the processes whose samples count, all of which must call this; None means
+            the default group, where there is one.
+
+    Returns:
+        Host and name of each.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    taken = [(host, _take(host)) for host in hosts_of(module) if host._adapters()]
+    if not distributed:
+        taken = [(host, counts) for host, counts in taken if counts is not None]
+    if not taken:
+        return []
+    device = next(p.device for p in module.parameters())
+    columns = []  # for each adapter, whether it was counted, and its number of samples
+    for host, counts in taken:
+        if counts is None:
+            columns.append(torch.zeros(2, len(host._adapters()), device=device))
+        else:
+            columns.append(torch.stack([torch.ones_like(counts), counts]).to(device))
+    flags = torch.cat(columns, dim=1)
+    if distributed:
+        torch.distributed.all_reduce(flags, group=process_group)
+    counted, has_samples = (flags > 0.0).tolist()
+    pairs = [(host, name) for host, _ in taken for name in host._adapters()]
+    return [pair for pair, c, s in zip(pairs, counted, has_samples, strict=True) if c and not s]
+
+
+def _take(host: AdapterModuleMixin) -> Tensor | None:
+    counter = host._sample_counter
+    if counter is None:
+        return None
+    counts, counter.total.grad = counter.total.grad, None
+    return counts if counter.names == tuple(host._adapters()) else None

@@ -1,0 +1,522 @@
+"""Training many adapters at once: each must become what it becomes when trained alone.
+
+What is expected is computed by plain formulas, autograd and torch.optim on one adapter at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import Counter
+
+import pytest
+import torch
+from layer_testing import Block, D, config, formula, make_block, rand, randomize
+from torch import nn
+
+import adapter_ext
+from adapter_ext import optim, route_adapters
+from adapter_ext.optim import AdamW, mean_per_adapter
+
+NAMES = ("a", "a1", "module", "1")
+# Names of the samples of each step: some adapters have none in some steps, "1" has none at all.
+STEPS: list[list[str | None]] = [
+    ["a", "module", None, "a", "module"],
+    ["a1", "a1", "a", None, "a1"],
+    ["module", "module", "module"],
+    ["a", "a1", "module", "a1"],
+]
+OPTIONS = {
+    "a": {"lr": 0.02, "weight_decay": 0.3},
+    "a1": {"max_norm": 0.05},
+    "module": {"betas": (0.5, 0.7), "amsgrad": True},
+    "1": {"weight_decay": 0.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+class Model(nn.Sequential):
+    """Two hosts with something between them; its results are far from linear in the adapters."""
+
+    def __init__(self) -> None:
+        super().__init__(make_block(*NAMES), nn.Tanh(), make_block(*NAMES, seed=7))
+        self[0].linear.requires_grad_(False)
+        self[2].linear.requires_grad_(False)
+        self.train()
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+def adapters_of(model, name):
+    return [model[i].adapter_layer[name] for i in (0, 2)]
+
+
+def state_of(model, name):
+    return [p.detach().clone() for a in adapters_of(model, name) for p in a.parameters()]
+
+
+def batch(step, names):
+    """Input and target of each sample."""
+    return rand(len(names), 2, D, seed=100 + step), rand(len(names), 2, D, seed=200 + step)
+
+
+def losses_of(y, target):
+    return (y - target).square().mean(dim=(1, 2))
+
+
+def plain_losses(model, name, x, target):
+    """The losses of samples that all use one adapter, by plain formulas."""
+    for layer in model:
+        if isinstance(layer, Block):
+            x = layer.linear(x)
+            if name is not None:
+                adapter = layer.adapter_layer[name]
+                sd = dict(adapter.named_parameters())
+                n = nn.functional.layer_norm(
+                    x, (D,), sd["module.0.weight"], sd["module.0.bias"], 1e-5
+                )
+                h = nn.functional.silu(n @ sd["module.1.weight"].T)
+                x = x + h @ sd["module.3.weight"].T
+        else:
+            x = layer(x)
+    return losses_of(x, target)
+
+
+def train_alone(model, name, steps=STEPS, accumulate=1, **defaults):
+    """One adapter, on its own samples, with PyTorch's AdamW; returns its weights and optimizer."""
+    model = copy.deepcopy(model)
+    options = {"lr": 1e-2, **defaults, **OPTIONS[name]}
+    max_norm = options.pop("max_norm", None)
+    parameters = [p for a in adapters_of(model, name) for p in a.parameters()]
+    optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+    for first in range(0, len(steps), accumulate):
+        optimizer.zero_grad()
+        total = []
+        for step in range(first, first + accumulate):
+            names = steps[step]
+            own = torch.tensor([n == name for n in names])
+            x, target = batch(step, names)
+            total.append(plain_losses(model, name, x[own], target[own]))
+        losses = torch.cat(total)
+        if losses.numel() == 0:
+            continue
+        losses.mean().backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+    return state_of(model, name), optimizer
+
+
+def ids_of(model, names):
+    index = adapter_ext.adapter_index(model)
+    return torch.tensor([-1 if n is None else index[n] for n in names])
+
+
+WAYS = ("names", "indices", "compiled names", "compiled indices")
+
+
+def train_together(model, way, steps=STEPS, optimizer=None):
+    optimizer = optimizer or AdamW(model, lr=1e-2, adapters=OPTIONS)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if "compiled" in way else model
+    for step, names in enumerate(steps):
+        x, target = batch(step, names)
+        routes = ids_of(model, names) if "indices" in way else names
+        optimizer.zero_grad()
+        with route_adapters(model, routes):
+            losses = losses_of(run(x), target)
+        mean_per_adapter(losses, routes).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_together_is_as_alone(way, model):
+    untouched = state_of(model, "1")
+    alone = {name: train_alone(model, name) for name in NAMES}
+    optimizer = train_together(model, way)
+    for name, (weights, its_optimizer) in alone.items():
+        torch.testing.assert_close(state_of(model, name), weights, rtol=1e-10, atol=1e-10)
+        states = [its_optimizer.state[p] for p in its_optimizer.param_groups[0]["params"]]
+        own = optimizer.adapter_state_dict(name)["state"].values()
+        torch.testing.assert_close(list(own), [s for s in states if s], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state_of(model, "1"), untouched, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_without_samples_is_untouched_bit_for_bit(way, model):
+    """Also after it has been trained, when its moments would move it."""
+    optimizer = train_together(model, way, [["a", "a1", "module"]] * 2)
+    before = state_of(model, "a"), copy.deepcopy(optimizer.adapter_state_dict("a"))
+    others = state_of(model, "a1")
+    train_together(model, way, [["a1", None, "module"]] * 2, optimizer)
+    after = state_of(model, "a"), optimizer.adapter_state_dict("a")
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert not any(torch.equal(p, q) for p, q in zip(state_of(model, "a1"), others, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_bits_as_alone_where_only_adapters_compute(way):
+    """In float32: weight gradients, too, do not depend on the samples of other adapters."""
+
+    def train(steps):
+        host = make_block(*NAMES, dtype=torch.float32).train()
+        host.linear = nn.Identity()
+        optimizer = AdamW(host, lr=1e-2)
+        run = (
+            torch.compile(host, backend="aot_eager", fullgraph=True) if "compiled" in way else host
+        )
+        for samples in steps:
+            names = [name for _, name in samples]
+            routes = ids_of(host, names) if "indices" in way else names
+            x = torch.stack([rand(2, D, seed=i, dtype=torch.float32) for i, _ in samples])
+            optimizer.zero_grad()
+            with route_adapters(host, routes):
+                losses = (run(x) * x.cos()).sum(dim=(1, 2))
+            mean_per_adapter(losses, routes).backward()
+            optimizer.step()
+        return host
+
+    steps = [[(10 * s + i, name) for i, name in enumerate(names)] for s, names in enumerate(STEPS)]
+    together = train(steps)
+    for name in ("a", "a1", "module"):
+        own = [[pair for pair in samples if pair[1] == name] for samples in steps]
+        alone = train([samples for samples in own if samples])
+        for got, want in zip(
+            together.adapter_layer[name].parameters(),
+            alone.adapter_layer[name].parameters(),
+            strict=True,
+        ):
+            assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dropped_adapter_with_samples_is_stepped(way, model):
+    """Stochastic depth drops it: its gradient is zero, but it was trained, as it would be alone."""
+    for adapter in adapters_of(model, "a"):
+        adapter.adapter_strategy.stochastic_depth = 1.0
+    before = state_of(model, "a")
+    optimizer = AdamW(model, lr=0.1, weight_decay=0.5)
+    train_together(model, way, [["a", "a1"]], optimizer)
+    torch.testing.assert_close(state_of(model, "a"), [0.95 * p for p in before])
+    state = optimizer.adapter_state_dict("a")["state"]
+    assert len(state) == 8
+    assert all(values["step"] == 1 for values in state.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_accumulation(way, model):
+    alone = {name: train_alone(model, name, accumulate=2) for name in NAMES}
+    optimizer = AdamW(model, lr=1e-2, adapters=OPTIONS)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if "compiled" in way else model
+    for first in (0, 2):
+        optimizer.zero_grad()
+        all_names = STEPS[first] + STEPS[first + 1]
+        for step in (first, first + 1):
+            x, target = batch(step, STEPS[step])
+            routes: object = STEPS[step]
+            counts: Counter = Counter(all_names)
+            if "indices" in way:
+                routes = ids_of(model, STEPS[step])
+                counts = Counter(ids_of(model, all_names).tolist())
+            with route_adapters(model, routes):
+                losses = losses_of(run(x), target)
+            mean_per_adapter(losses, routes, counts=counts).backward()
+        optimizer.step()
+    for name, (weights, _) in alone.items():
+        torch.testing.assert_close(state_of(model, name), weights, rtol=1e-10, atol=1e-10)
+
+
+def test_only_samples_of_a_backward_count(model):
+    """Neither a forward without one nor a step that was skipped makes an adapter trained."""
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = AdamW(model, lr=1e-2)
+    train_together(model, "compiled indices", [["a", "a1", "module"]], optimizer)
+    before = state_of(model, "a"), copy.deepcopy(optimizer.adapter_state_dict("a"))
+    x, target = batch(0, ["a", "a1"])
+    with route_adapters(model, ids_of(model, ["a", "a1"])):
+        losses_of(run(x), target)  # no backward
+        losses_of(run(x), target).sum().backward()
+    with pytest.raises(ValueError, match="set_to_none"):
+        optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad()  # skipped, as a GradScaler does
+    with route_adapters(model, ids_of(model, ["module", "a1"])):
+        losses = losses_of(run(x), target)
+    optimizer.zero_grad()  # between forward and backward, as many do
+    losses.sum().backward()
+    optimizer.step()
+    after = state_of(model, "a"), optimizer.adapter_state_dict("a")
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert all(
+        values["step"] == 2 for values in optimizer.adapter_state_dict("module")["state"].values()
+    )
+
+
+def test_without_routing_the_enabled_adapters_are_stepped(model):
+    optimizer = AdamW(model, lr=1e-2)
+    for host in (model[0], model[2]):
+        host.set_enabled_adapters("a1", enabled=False)
+    before = {name: state_of(model, name) for name in NAMES}
+    model(rand(3, D)).square().sum().backward()
+    optimizer.step()
+    moved = {n: not torch.equal(state_of(model, n)[2], before[n][2]) for n in NAMES}
+    assert moved == {"a": True, "a1": False, "module": True, "1": True}
+
+
+def test_other_optimizers_drop_idle_gradients(model):
+    """SGD with momentum, by the function alone."""
+    optimizer = torch.optim.SGD(
+        optim.adapter_groups(model, {"a": {"lr": 0.5}, "a1": {}}), lr=0.1, momentum=0.9
+    )
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    seen = []
+    for names in (["a", "a1"], ["a1", "a1"]):
+        x, target = batch(0, names)
+        optimizer.zero_grad()
+        with route_adapters(model, ids_of(model, names)):
+            losses_of(run(x), target).sum().backward()
+        assert all(p.grad is not None for p in adapters_of(model, "a")[0].parameters())
+        optim.drop_idle_gradients(model)
+        optimizer.step()
+        seen.append((state_of(model, "a"), state_of(model, "a1")))
+    assert all(torch.equal(p, q) for p, q in zip(seen[0][0], seen[1][0], strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(seen[0][1], seen[1][1], strict=True))
+
+
+# --- The optimizer among PyTorch's ----------------------------------------------------------------
+
+
+def test_groups(model):
+    for adapter in adapters_of(model, "module"):
+        adapter.requires_grad_(False)
+    adapters_of(model, "a")[1].module[0].requires_grad_(False)
+    head = nn.Linear(D, 2)
+    optimizer = AdamW(model, lr=1e-2, max_norm=2.0, adapters={"a": {"lr": 0.5}, "1": {}})
+    optimizer.add_param_group({"params": list(head.parameters())})
+    groups = optimizer.param_groups
+    assert [g.get("adapter") for g in groups] == ["a", "1", None]
+    assert [g["lr"] for g in groups] == [0.5, 1e-2, 1e-2]
+    assert [g.get("max_norm") for g in groups] == [2.0, 2.0, None]
+    assert [len(g["params"]) for g in groups] == [6, 8, 2]
+    assert [g["adapter"] for g in AdamW(model).param_groups] == ["a", "a1", "1"]
+    with pytest.raises(ValueError, match=r"no adapter named 'x'; there are .*'a1'"):
+        AdamW(model, adapters=["a", "x"])
+    with pytest.raises(ValueError, match="'module' requires grad"):
+        AdamW(model, adapters=["module"])
+    with pytest.raises(ValueError, match="no adapters"):
+        AdamW(head)
+
+
+def test_closure_hooks_and_scheduler(model):
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # makes torch wrap its own step
+    optimizer = AdamW(model, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    hooks = []
+    optimizer.register_step_pre_hook(lambda *_: hooks.append("before"))
+    optimizer.register_step_post_hook(lambda *_: hooks.append("after"))
+    x, target = batch(0, ["a", "a1"])
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    before = state_of(model, "module")
+
+    def closure():
+        optimizer.zero_grad()
+        with route_adapters(model, ids_of(model, ["a", "a1"])):
+            loss = losses_of(run(x), target).sum()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(3):
+        losses.append(optimizer.step(closure).item())
+        scheduler.step()
+    assert hooks == ["before", "after"] * 3
+    assert losses == sorted(losses, reverse=True)
+    assert all(g["lr"] == 1e-2 * 0.5**3 for g in optimizer.param_groups)
+    torch.testing.assert_close(state_of(model, "module"), before, rtol=0, atol=0)
+
+
+def test_grad_scaler(model):
+    """Gradients are clipped after they are unscaled, and a step with infinities is skipped."""
+    x, target = batch(0, ["a1", "a1"])
+
+    def step(optimizer, scaler, model, factor=1.0):
+        optimizer.zero_grad()
+        with route_adapters(model, ["a1", "a1"]):
+            loss = losses_of(model(x), target).sum() * factor
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    other = copy.deepcopy(model)
+    step(AdamW(other, max_norm=0.01), torch.amp.GradScaler("cpu", enabled=False), other)
+    scaled = AdamW(model, max_norm=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = state_of(model, "a1")
+    step(scaled, scaler, model, torch.inf)
+    torch.testing.assert_close(state_of(model, "a1"), before, rtol=0, atol=0)
+    step(scaled, scaler, model)
+    torch.testing.assert_close(state_of(model, "a1"), state_of(other, "a1"))
+    assert not torch.equal(state_of(model, "a1")[0], before[0])
+
+
+def test_whole_state_dict(model):
+    other = copy.deepcopy(model)
+    optimizer = train_together(model, "names", STEPS[:2])
+    state = copy.deepcopy(optimizer.state_dict())
+    middle = copy.deepcopy(model.state_dict())
+    train_together(model, "names", STEPS[2:], optimizer)
+    other.load_state_dict(middle)
+    resumed = AdamW(other, lr=123.0)
+    resumed.load_state_dict(state)
+    train_together(other, "names", STEPS[2:], resumed)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+# --- Adapters that come and go --------------------------------------------------------------------
+
+
+def test_a_new_adapter_of_an_old_name_starts_from_nothing(model):
+    optimizer = train_together(model, "names")
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    for host in (model[0], model[2]):
+        host.remove_adapter("a")
+        host.add_adapter("a", config(dim=3))
+    before = copy.deepcopy(optimizer.adapter_state_dict("module"))
+    optimizer.match_model({"a": {"lr": 0.25}, "a1": {}, "module": {}, "1": {}})
+    assert optimizer.adapter_state_dict("a")["state"] == {}
+    assert optimizer.adapter_state_dict("a")["options"]["lr"] == 0.25
+    assert sorted(str(g.get("adapter")) for g in optimizer.param_groups) == sorted([*NAMES, "None"])
+    torch.testing.assert_close(optimizer.adapter_state_dict("module"), before, rtol=0, atol=0)
+    present = {p for g in optimizer.param_groups for p in g["params"]}
+    assert set(optimizer.state) <= present
+    assert present >= set(model.parameters()) - {
+        p for i in (0, 2) for p in model[i].linear.parameters()
+    }
+    for host in (model[0], model[2]):
+        randomize(host.adapter_layer["a"])
+    want = copy.deepcopy(model)
+    parameters = [p for a in adapters_of(want, "a") for p in a.parameters()]
+    alone = torch.optim.AdamW(parameters, fused=True, lr=0.25, weight_decay=1e-2)
+    x, target = batch(0, ["a", "a"])
+    plain_losses(want, "a", x, target).mean().backward()
+    alone.step()
+    train_together(model, "names", [["a", "a"]], optimizer)
+    torch.testing.assert_close(state_of(model, "a"), state_of(want, "a"))
+
+
+def test_renamed_removed_and_unfrozen(model):
+    for adapter in adapters_of(model, "module"):
+        adapter.module[3].requires_grad_(False)
+    optimizer = AdamW(model, lr=1e-2, adapters={**OPTIONS, "module": {"lr": 0.5}})
+    train_together(model, "names", STEPS, optimizer)
+    before = copy.deepcopy(optimizer.adapter_state_dict("a1"))
+    for host in (model[0], model[2]):
+        host.rename_adapter("a1", "z")
+        host.remove_adapter("a")
+    for adapter in adapters_of(model, "module"):
+        adapter.module[3].requires_grad_(True)
+    optimizer.match_model()
+    assert [g["adapter"] for g in optimizer.param_groups] == ["z", "module", "1"]
+    torch.testing.assert_close(optimizer.adapter_state_dict("z"), before, rtol=0, atol=0)
+    assert optimizer.param_groups[1]["lr"] == 0.5
+    assert len(optimizer.param_groups[1]["params"]) == 8
+    assert len(optimizer.adapter_state_dict("module")["state"]) == 6
+    with pytest.raises(ValueError, match=r"'a' is not trained here; .*'z', 'module', '1'"):
+        optimizer.adapter_state_dict("a")
+    groups = list(optimizer.param_groups)
+    with pytest.raises(ValueError, match="no adapter named 'q'"):
+        optimizer.match_model(["z", "q"])
+    assert optimizer.param_groups == groups
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="aot_eager")])
+def test_one_adapter_is_saved_and_goes_on_elsewhere(wrap, model):
+    """Its weights and optimizer state, under another name, among other adapters."""
+    optimizer = train_together(model, "names", STEPS[:2], AdamW(wrap(model), adapters=OPTIONS))
+    file = io.BytesIO()
+    saved = [adapter.state_dict() for adapter in adapters_of(model, "a1")]
+    torch.save((saved, optimizer.adapter_state_dict("a1")), file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+
+    def renamed(names):
+        return ["b" if name == "a1" else None for name in names]
+
+    other = Model()
+    for host, own in zip((other[0], other[2]), weights, strict=True):
+        host.add_adapter("b", config(dim=4))
+        host.adapter_layer["b"].load_state_dict(own)
+    elsewhere = AdamW(other, lr=123.0)
+    elsewhere.load_adapter_state_dict("b", state)
+    assert elsewhere.adapter_state_dict("a")["options"]["lr"] == 123.0
+    train_together(model, "names", [["a", "a1", "a1"], ["a1"]], optimizer)
+    train_together(other, "names", [renamed(n) for n in (["a", "a1", "a1"], ["a1"])], elsewhere)
+    torch.testing.assert_close(state_of(other, "b"), state_of(model, "a1"), rtol=1e-10, atol=1e-10)
+
+
+def test_state_of_another_shape_is_refused(model):
+    optimizer = train_together(model, "names")
+    state = optimizer.adapter_state_dict("a1")
+    before = copy.deepcopy(optimizer.adapter_state_dict("a"))
+    with pytest.raises(ValueError, match=r"'0:module.1.weight' of adapter 'a' must have its shape"):
+        optimizer.load_adapter_state_dict("a", state)
+    state["state"]["5:x"] = next(iter(state["state"].values()))
+    with pytest.raises(ValueError, match="the state is of '5:x'"):
+        optimizer.load_adapter_state_dict("a1", state)
+    torch.testing.assert_close(optimizer.adapter_state_dict("a"), before, rtol=0, atol=0)
+
+
+# --- The loss -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5)])
+def test_mean_per_adapter(shape):
+    ids = torch.randint(-1, 3, shape, generator=torch.Generator().manual_seed(3))
+    losses = rand(*shape).requires_grad_()
+    want = sum(losses[ids == i].mean() for i in ids.unique().tolist())
+    got = mean_per_adapter(losses, ids)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, losses), torch.autograd.grad(want, losses))
+    counts = {i: 10 + i for i in range(-1, 3)}
+    torch.testing.assert_close(
+        mean_per_adapter(losses, ids, counts=counts),
+        sum(losses[ids == i].sum() / counts[i] for i in range(-1, 3)),
+    )
+    assert mean_per_adapter(losses[:0], ids[:0]) == 0
+
+
+def test_mean_per_adapter_by_name():
+    names = ["a", None, "b", "a", "a1", None]
+    losses = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0, 10.0])
+    assert mean_per_adapter(losses, names) == 3.0 + 6.0 + 3.0 + 7.0
+    counts = {"a": 4, None: 1, "b": 3, "a1": 7}
+    assert mean_per_adapter(losses, names, counts=counts) == 1.5 + 12.0 + 1.0 + 1.0
+
+
+def test_mean_per_adapter_refuses():
+    with pytest.raises(ValueError, match=r"samples \[2\] that were routed, got \[2, 3\]"):
+        mean_per_adapter(torch.ones(2, 3), ["a", "b"])
+    with pytest.raises(ValueError, match="counts must have adapter 'b'"):
+        mean_per_adapter(torch.ones(2), ["a", "b"], counts={"a": 1})
+    with pytest.raises(ValueError, match="counts must have adapter 1"):
+        mean_per_adapter(torch.ones(2), torch.tensor([0, 1]), counts={0: 1})
+
+
+def test_formula_is_what_the_model_computes(model):
+    """The reference of this file agrees with the one of the other tests."""
+    x, target = batch(0, ["a", "a"])
+    y = x
+    for layer in model:
+        if isinstance(layer, Block):
+            hidden = layer.linear(y)
+            y = hidden + formula(layer.adapter_layer["a"], hidden)
+        else:
+            y = layer(y)
+    torch.testing.assert_close(losses_of(y, target), plain_losses(model, "a", x, target))
