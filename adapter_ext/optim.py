@@ -177,6 +177,20 @@ class AdamW(torch.optim.AdamW):
         super().zero_grad()
         sample_counts.forget(self.model)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in PyTorch; adapters that were never stepped have the state of those in it too.
+
+        torch.distributed.checkpoint, when it resumes, asks for the state of every parameter.
+        """
+        state_dict = super().state_dict()
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            moments = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"][: group["amsgrad"]]]
+            for number, parameter in zip(saved["params"], group["params"], strict=True):
+                if number not in state_dict["state"]:
+                    values = {key: torch.zeros_like(parameter) for key in moments}
+                    state_dict["state"][number] = {"step": torch.zeros(()), **values}
+        return state_dict
+
     def match_model(
         self, adapters: Mapping[str, Mapping[str, Any]] | Sequence[str] | None = None
     ) -> None:
@@ -326,7 +340,9 @@ def mean_per_adapter(
     else:
         shape = (len(names),)
         numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        ids = torch.tensor([numbers[name] for name in names], device=losses.device)
+        ids = torch.tensor(
+            [numbers[name] for name in names], dtype=torch.int64, device=losses.device
+        )
         keys = names
     if tuple(losses.shape) != shape:
         raise ValueError(

@@ -1,0 +1,96 @@
+"""A program for torchrun: trains the model of training_testing.py in several processes.
+
+::
+
+    torchrun --standalone --nproc-per-node N distributed_training.py FOLDER RUN...
+
+A RUN is words joined by commas: ``ddp`` or ``fsdp``; ``names`` or ``indices``; ``compiled``;
+``save`` stops after two steps and writes a checkpoint, ``resume`` goes on from it. Every process
+gets a part of each batch. The first one writes what became of the adapters to FOLDER/RUN.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from training_testing import NAMES, OPTIONS, STEPS, Model, adapters_of, batch, ids_of, losses_of
+
+from adapter_ext import route_adapters
+from adapter_ext.optim import AdamW, mean_per_adapter
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def run(words: list[str], folder: Path) -> dict[str, tuple[list[Tensor], list[dict[str, Tensor]]]]:
+    torch._dynamo.reset()
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    model = Model()
+    wrapped: nn.Module = model
+    if "ddp" in words:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        for host in (model[0], model[2]):
+            fully_shard(host)
+        fully_shard(model)
+    optimizer = AdamW(wrapped, lr=1e-2, adapters=OPTIONS)
+    checkpoint = folder / "checkpoint"
+    if "resume" in words:
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(states, checkpoint_id=checkpoint)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=states["model"],
+            optim_state_dict=states["optimizer"],
+        )
+    forward = wrapped
+    if "compiled" in words:
+        forward = torch.compile(wrapped, backend="aot_eager")
+    for step in range(2 if "resume" in words else 0, 2 if "save" in words else len(STEPS)):
+        names = STEPS[step]
+        x, target = batch(step, names)
+        mine = torch.arange(len(names)).tensor_split(processes)[rank]
+        my_names = [names[i] for i in mine.tolist()]
+        routes = ids_of(model, my_names) if "indices" in words else my_names
+        optimizer.zero_grad()
+        with route_adapters(wrapped, routes):
+            losses = losses_of(forward(x[mine]), target[mine])
+        mean_per_adapter(losses, routes, process_group=dist.group.WORLD).backward()
+        optimizer.step()
+    if "save" in words:
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.save(states, checkpoint_id=checkpoint)
+    return {
+        name: (
+            [whole(p) for a in adapters_of(model, name) for p in a.parameters()],
+            [
+                {key: whole(value) for key, value in values.items()}
+                for values in optimizer.adapter_state_dict(name)["state"].values()
+            ],
+        )
+        for name in NAMES
+    }
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    for words in sys.argv[2:]:
+        result = run(words.split(","), folder)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{words}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
