@@ -141,9 +141,13 @@ class ModelPT(NeuralModule):
         """The trainer, None without one."""
         return self._trainer
 
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        self._trainer = trainer  # Lightning, too, keeps its trainer under this name
+
     def set_trainer(self, trainer: Any) -> None:
         """Sets :attr:`trainer`."""
-        self._trainer = trainer
+        self.trainer = trainer
 
     # --- Hooks that models written for NeMo call or override --------------------------------------
 
