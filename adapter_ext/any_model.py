@@ -89,7 +89,10 @@ def set_enabled_adapters(model: nn.Module, name: str | None = None, enabled: boo
             belong to a model that has their configuration.
     """
     hosts = _own_hosts(model)
-    for known in _names(hosts) if name is None else [name]:
+    names = _names(hosts) if name is None else [name]
+    if not names:
+        raise ValueError("there are no adapters: add one with add_adapter first")
+    for known in names:
         for host in _having(hosts, known).values():
             host.set_enabled_adapters(known, enabled)
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -781,6 +782,10 @@ def test_enabling():
     assert all(layer.get_enabled_adapters() == ["a", "a1"] for layer in model.layers)
     with pytest.raises(ValueError, match="no adapter named 'b'"):
         ax.set_enabled_adapters(model, "b")
+    for name in ("a", "a1"):
+        ax.remove_adapter(model, name)
+    with pytest.raises(ValueError, match="there are no adapters: add one"):
+        ax.set_enabled_adapters(model)
 
 
 def test_auxiliary_losses():
@@ -1095,6 +1100,14 @@ def test_recomputation(reentrant):
     else:
         context = ax.checkpoint_context(model)
         got = gradients(lambda: checkpoint(model, x, use_reentrant=False, context_fn=context))
+        assert_same_tensors(got, expected)
+        # In another thread, as on a GPU; and while other samples are routed.
+        model.zero_grad()
+        with route_adapters(model, NAMES):
+            y = checkpoint(model, x, use_reentrant=False, context_fn=context)
+        with ThreadPoolExecutor() as threads, route_adapters(model, NAMES[::-1]):
+            threads.submit(y.square().sum().backward).result()
+        got = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     assert_same_tensors(got, expected)
     assert all(host._adapter_routes == () for host in model.layers)
 

@@ -151,6 +151,19 @@ def test_hidden_states_are_recorded_with_adapters():
     torch.testing.assert_close(second, output.last_hidden_state)
 
 
+def test_compiled():
+    torch._dynamo.reset()
+    _, model = make(bert)
+    index = ax.adapter_index(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for names in (NAMES, NAMES[::-1]):
+        ids = torch.tensor([-1 if name is None else index[name] for name in names])
+        with route_adapters(model, ids):
+            expected = model(IDS, attention_mask=MASK)
+            y = compiled(IDS, attention_mask=MASK)
+        torch.testing.assert_close(y.last_hidden_state, expected.last_hidden_state)
+
+
 def test_the_pretrained_model_itself_has_an_adapter_api_of_its_own():
     base, _ = make(bert)
     with pytest.raises(ValueError, match=r"\(BertModel\) .* has 'add_adapter' itself"):
