@@ -283,8 +283,9 @@ def inject(
     The class of a chosen module becomes a subclass, made at run time, of its own class and of
     :class:`adapter_ext.AdapterModuleMixin`; the hidden state that it returns goes through its
     adapters. That is the tensor it returns, or the first item of the tuple, dataclass
-    (``ModelOutput`` of transformers) or dict. Parameters and the names in the state dict stay what
-    they are. Without adapters the model computes what it did.
+    (``ModelOutput`` of transformers) or dict: ``[B, ..., D]``, or ``[T, B, ..., D]`` where
+    batch_dim is 1, of float64, float32, bfloat16 or float16. Parameters and the names in the state
+    dict stay what they are. Without adapters the model computes what it did.
 
     Args:
         model: any module; changed in place.
