@@ -8,9 +8,23 @@ from adapter_ext.adapters import (
     LinearAdapter,
     LinearAdapterConfig,
 )
+from adapter_ext.any_model import (
+    add_adapter,
+    checkpoint_context,
+    load_adapters,
+    remove_adapter,
+    save_adapters,
+    set_enabled_adapters,
+)
 from adapter_ext.files import FileError
+from adapter_ext.injection import eject, inject
 from adapter_ext.listing import AdapterInfo, AdapterTable
-from adapter_ext.mixin import AdapterModuleMixin
+from adapter_ext.mixin import (
+    AdapterModuleMixin,
+    adapter_losses,
+    list_adapters,
+    reset_adapter_losses,
+)
 from adapter_ext.model import ModelPT, NeuralModule
 from adapter_ext.model_mixin import (
     AdapterModelPTMixin,
@@ -58,14 +72,25 @@ __all__ = [
     "Routing",
     "_prepare_default_adapter_config",
     "adapter_index",
+    "adapter_losses",
+    "add_adapter",
+    "checkpoint_context",
+    "eject",
     "get_registered_adapter",
+    "inject",
     "instantiate",
     "linear_adapter",
+    "list_adapters",
+    "load_adapters",
     "optim",
     "register_adapter",
     "register_target",
+    "remove_adapter",
+    "reset_adapter_losses",
     "route",
     "route_adapters",
+    "save_adapters",
     "set_access_cfg",
+    "set_enabled_adapters",
     "update_module_class_with_adapter_class",
 ]

@@ -126,8 +126,7 @@ class AdapterModuleMixin(ABC):
         self.adapter_cfg = config
 
     def _match_host(self, adapter: nn.Module) -> None:
-        tensors = (*self._host().parameters(), *self._host().buffers())
-        like = next((t for t in tensors if t.is_floating_point()), None)
+        like = floating_tensor(self._host())
         if like is not None:
             adapter.to(device=like.device, dtype=like.dtype)
         adapter.train(self.training)
@@ -274,19 +273,7 @@ class AdapterModuleMixin(ABC):
 
     def list_adapters(self) -> AdapterTable:
         """The adapters here and in submodules, a row each; print it as a table."""
-        return AdapterTable(
-            AdapterInfo(
-                name=name,
-                where=path,
-                bottleneck=getattr(adapter, "dim", None),
-                activation=getattr(adapter, "activation", None),
-                enabled=name in host._enabled_adapters,
-                parameters=sum(p.numel() for p in adapter.parameters()),
-                trainable=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
-            )
-            for path, host in named_hosts(self._host())
-            for name, adapter in host._adapters().items()
-        )
+        return list_adapters(self._host())
 
     # --- Enabling ---------------------------------------------------------------------------------
 
@@ -442,17 +429,11 @@ class AdapterModuleMixin(ABC):
         Returns:
             A scalar by adapter name, summed over layers; only of adapters that left one.
         """
-        losses: dict[str, Tensor] = {}
-        for host in hosts_of(self._host()):
-            for name, adapter in host._adapters().items():
-                for tensors in AccessMixin.get_module_registry(adapter).values():
-                    for loss in tensors.get(ADAPTER_LOSS, ()):
-                        losses[name] = losses[name] + loss if name in losses else loss
-        return losses
+        return adapter_losses(self._host())
 
     def reset_adapter_losses(self) -> None:
         """Forgets the auxiliary losses of the adapters here and in submodules."""
-        AccessMixin.reset_registry(self, ADAPTER_LOSS)
+        reset_adapter_losses(self._host())
 
     # --- Helpers ----------------------------------------------------------------------------------
 
@@ -526,6 +507,63 @@ def named_hosts(module: nn.Module) -> list[tuple[str, AdapterModuleMixin]]:
     wanted = set(hosts)
     paths = {m: path for path, m in module.named_modules() if m in wanted}
     return [(paths[cast(nn.Module, host)], host) for host in hosts]  # type: ignore[index]
+
+
+def list_adapters(model: nn.Module) -> AdapterTable:
+    """The adapters of a module and its submodules, a row each; print it as a table.
+
+    Args:
+        model: any module. What adapters have themselves is not looked for.
+    """
+    return AdapterTable(
+        AdapterInfo(
+            name=name,
+            where=path,
+            bottleneck=getattr(adapter, "dim", None),
+            activation=getattr(adapter, "activation", None),
+            enabled=name in host._enabled_adapters,
+            parameters=sum(p.numel() for p in adapter.parameters()),
+            trainable=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
+        )
+        for path, host in named_hosts(model)
+        for name, adapter in host._adapters().items()
+    )
+
+
+def adapter_losses(model: nn.Module) -> dict[str, Tensor]:
+    """The auxiliary losses of the adapters of any module and its submodules.
+
+    See :meth:`AdapterModuleMixin.adapter_losses`.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A scalar by adapter name, summed over layers; only of adapters that left one.
+    """
+    losses: dict[str, Tensor] = {}
+    for host in hosts_of(model):
+        for name, adapter in host._adapters().items():
+            for tensors in AccessMixin.get_module_registry(adapter).values():
+                for loss in tensors.get(ADAPTER_LOSS, ()):
+                    losses[name] = losses[name] + loss if name in losses else loss
+    return losses
+
+
+def reset_adapter_losses(model: nn.Module) -> None:
+    """Forgets the auxiliary losses of the adapters of any module and its submodules."""
+    AccessMixin.reset_registry(model, ADAPTER_LOSS)
+
+
+def floating_tensor(module: nn.Module) -> Tensor | None:
+    """The first floating-point parameter, or else buffer, of a module; None if it has none."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((t for t in tensors if t.is_floating_point()), None)
+
+
+def routes_in_force(host: AdapterModuleMixin) -> Routes | None:
+    """The routes that hold for a host in this thread; None if it is not routed."""
+    return _routes_of_this_thread(host._adapter_routes) if host._adapter_routes else None
 
 
 def strategy_of(adapter: nn.Module, name: str) -> AbstractAdapterStrategy:

@@ -348,7 +348,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         config = cast("dict[str, Any]", OmegaConf.to_container(self.adapter_cfg, resolve=False))
         settings = config[self.adapter_global_cfg_key][self.adapter_metadata_cfg_key]
         settings["modules"] = _renamed(settings["modules"], new_name)
-        _refill(
+        refill(
             self.adapter_cfg,
             _renamed(config, lambda k: k if k == self.adapter_global_cfg_key else new_name(k)),
         )
@@ -417,7 +417,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         content = files.read_adapters(filepath, map_location=map_location)
         where = os.fspath(filepath)
         with self._transaction(), targets_of_a_file(classes):
-            for saved in _chosen(content, name, where):
+            for saved in chosen(content, name, where):
                 if saved.name in self._known_adapters():
                     raise ValueError(
                         f"{where}: the model has an adapter named {saved.name!r} already; remove "
@@ -425,31 +425,11 @@ class AdapterModelPTMixin(AdapterModuleMixin):
                     )
                 try:
                     self.add_adapter(saved.qualified, OmegaConf.create(saved.config))
-                    self._load_states(saved, strict)
+                    load_states(self._host(), saved, strict)
                 except (TypeError, ValueError, RuntimeError, AttributeError) as error:
                     raise files.FileError(
                         f"{where}: adapter {saved.qualified!r} does not fit this model: {error}"
                     ) from error
-
-    def _load_states(self, saved: files.SavedAdapter, strict: bool) -> None:
-        hosts = {p: h for p, h in named_hosts(self._host()) if saved.name in h._adapters()}
-        paths = saved.paths
-        if paths is None:  # NeMo's files know the order alone
-            if len(saved.states) != len(hosts):
-                raise ValueError(
-                    f"the file has its weights for {len(saved.states)} modules, the model put it "
-                    f"into {len(hosts)}: {list(hosts)}"
-                )
-            paths = list(hosts)
-        if set(paths) != hosts.keys():
-            raise ValueError(
-                f"the file has its weights for the modules {paths}, the model put it into "
-                f"{list(hosts)}"
-            )
-        for path, state in zip(paths, saved.states, strict=True):
-            adapter = hosts[path]._adapters()[saved.name]
-            _check_shapes(adapter.state_dict(), state, strict, path)
-            adapter.load_state_dict(state, strict=strict)
 
     # --- Modules that have a version with adapters ------------------------------------------------
 
@@ -502,7 +482,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
                 if config is None:
                     self.cfg.pop("adapters", None)
                 else:
-                    _refill(config, cast("dict[str, Any]", content))
+                    refill(config, cast("dict[str, Any]", content))
             for host, state in states:
                 host._restore_adapter_state(state)
             raise
@@ -591,7 +571,7 @@ def _renamed(mapping: Mapping[str, Any], new_name: Callable[[str], str | None]) 
     return {key: value for key, value in renamed if key is not None}
 
 
-def _refill(config: DictConfig, content: Mapping[str, Any]) -> None:
+def refill(config: DictConfig, content: Mapping[str, Any]) -> None:
     """Replaces the content of a configuration that others refer to."""
     with open_dict(config):
         for key in list(config):
@@ -600,7 +580,12 @@ def _refill(config: DictConfig, content: Mapping[str, Any]) -> None:
             config[key] = value
 
 
-def _chosen(content: files.AdapterFile, name: str | None, where: str) -> list[files.SavedAdapter]:
+def chosen(content: files.AdapterFile, name: str | None, where: str) -> list[files.SavedAdapter]:
+    """The adapters of a file that a name, with or without a place, stands for; None means all.
+
+    Raises:
+        MissingAdapterError: a KeyError, if the file, called where, has none of that name.
+    """
     adapters = content.adapters
     if name is None:
         return list(adapters.values())
@@ -609,6 +594,36 @@ def _chosen(content: files.AdapterFile, name: str | None, where: str) -> list[fi
             return [saved]
     available = [saved.qualified for saved in adapters.values()]
     raise MissingAdapterError(f"{where} holds no adapter named {name!r}; it holds {available}")
+
+
+def load_states(model: nn.Module, saved: files.SavedAdapter, strict: bool) -> None:
+    """Loads the weights of an adapter of a file into the hosts that were given it.
+
+    Args:
+        model: the model.
+        saved: the adapter.
+        strict: whether it must have the very parameters.
+
+    Raises:
+        ValueError: if the hosts, parameters or shapes are others.
+    """
+    hosts = {p: h for p, h in named_hosts(model) if saved.name in h._adapters()}
+    paths = saved.paths
+    if paths is None:  # NeMo's files know the order alone
+        if len(saved.states) != len(hosts):
+            raise ValueError(
+                f"the file has its weights for {len(saved.states)} modules, the model put it "
+                f"into {len(hosts)}: {list(hosts)}"
+            )
+        paths = list(hosts)
+    if set(paths) != hosts.keys():
+        raise ValueError(
+            f"the file has its weights for the modules {paths}, the model put it into {list(hosts)}"
+        )
+    for path, state in zip(paths, saved.states, strict=True):
+        adapter = hosts[path]._adapters()[saved.name]
+        _check_shapes(adapter.state_dict(), state, strict, path)
+        adapter.load_state_dict(state, strict=strict)
 
 
 def _check_shapes(

@@ -23,7 +23,13 @@ def run_commands(example: Example) -> None:
             assert status == 0, line
 
 
-PAGES = ("README.md", "docs/guide.md", "docs/coming_from_nemo.md", "docs/training.md")
+PAGES = (
+    "README.md",
+    "docs/guide.md",
+    "docs/any_model.md",
+    "docs/coming_from_nemo.md",
+    "docs/training.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
