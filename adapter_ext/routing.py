@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from adapter_ext import ops
 from adapter_ext.fused import FusedCall, Settings, autocast_dtype
-from adapter_ext.mixin import AdapterModuleMixin, hosts_of, strategy_of
+from adapter_ext.mixin import (
+    AdapterModuleMixin,
+    enter_traced_routes,
+    hosts_of,
+    leave_traced_routes,
+    strategy_of,
+)
 from adapter_ext.strategies import (
     AbstractAdapterStrategy,
     ResidualAddAdapterStrategy,
@@ -63,12 +69,16 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
         names: an adapter's name or None (no adapter) for each sample; or indices by
             :func:`adapter_index`, -1 for none, as an int64 tensor ``[B]`` (samples) or ``[B, T]``
             (rows of inputs ``[B, T, D]``). With indices, torch.compile does not recompile when they
-            change. Entering the context waits for the device once, to check them.
+            change. Entering the context waits for the device once, to check them; where the
+            context is entered by code that is compiled or exported, that code checks them whenever
+            it runs, without waiting.
 
     Raises:
         TypeError: if names is of another type.
         ValueError: on entering, if a name or index is unknown, or that of a disabled adapter; in
             forward, if the input does not have as many samples.
+        RuntimeError: from compiled or exported code that enters the context, if an index is
+            unknown, or that of a disabled adapter.
     """
     hosts = hosts_of(module)
     routes = (
@@ -76,6 +86,13 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
         if isinstance(names, Tensor)
         else _from_names(names, module, hosts)
     )
+    if torch.compiler.is_compiling():
+        outer = enter_traced_routes(frozenset(hosts), routes)
+        try:
+            yield
+        finally:
+            leave_traced_routes(outer)
+        return
     entry = (threading.get_ident(), routes)
     # Not by nn.Module.__setattr__, which costs more than a microsecond a host.
     with _lock:
@@ -130,7 +147,9 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
         for host in hosts
         for name in host._adapters().keys() - set(host._enabled_adapters)
     }
-    if ids.numel():
+    if torch.compiler.is_compiling():
+        _assert_usable(ids, index, disabled)
+    elif ids.numel():
         low, high = (int(bound) for bound in torch.aminmax(ids))
         if low < -1 or high >= len(index):
             raise ValueError(
@@ -141,6 +160,17 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
             if bool((ids == index[name]).any()):
                 raise _disabled_error(name, module, host)
     return Routes(tuple(None if name in disabled else name for name in index), ids)
+
+
+def _assert_usable(ids: Tensor, index: dict[str, int], disabled: Iterable[str]) -> None:
+    """Checks ids in code that is compiled or exported, which can't read them: when it runs."""
+    count = len(index)
+    usable = (ids >= -1) & (ids < count)
+    message = f"indices of adapters must be in [-1, {count}); there are {index}"
+    for name in disabled:
+        usable = usable & (ids != index[name])
+        message += f"; adapter {name!r} is disabled"
+    torch._assert_async(usable.all(), message)
 
 
 def _disabled_error(name: str, module: nn.Module, host: AdapterModuleMixin) -> ValueError:
@@ -281,7 +311,7 @@ class Routes:
         strategy: AbstractAdapterStrategy,
     ) -> Tensor:
         own = (self._ids_on(x.device).flatten() == i).nonzero().squeeze(1)
-        if own.numel() == 0:
+        if not torch.compiler.is_compiling() and own.numel() == 0:
             return x
         samples = x.flatten(0, self._ids.ndim - 1)
         mine = samples.index_select(0, own)
@@ -305,7 +335,7 @@ class Routes:
                 place = {name: i for i, name in enumerate(names)}
                 # The last entry is that of index -1.
                 table = [-1 if n is None else place.get(n, -1) for n in self._names] + [-1]
-                ids = torch.tensor(table, dtype=torch.int64, device=device)[ids]
+                ids = _constant(table, torch.int64, device)[ids]
             return ops.route(ids, len(names))
 
         return cast(Routing, self._once((names, device), make))
@@ -320,9 +350,7 @@ class Routes:
             return values[0]
         return cast(
             Tensor,
-            self._once(
-                (values, device), lambda: torch.tensor(values, dtype=torch.float32, device=device)
-            ),
+            self._once((values, device), lambda: _constant(values, torch.float32, device)),
         )
 
     def _once(self, key: Any, make: Any) -> Any:
@@ -333,6 +361,26 @@ class Routes:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+def _constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    # A copy from the host would keep compiled code out of CUDA graphs. So it is made where it is
+    # used, out of runs of equal or consecutive values, which are few.
+    runs: list[Tensor] = []
+    start = 0
+    while start < len(values):
+        first, end = values[start], start + 1
+        step = int(end < len(values) and values[end] == first + 1)
+        while end < len(values) and values[end] == values[end - 1] + step:
+            end += 1
+        if step:
+            runs.append(torch.arange(first, first + (end - start), dtype=dtype, device=device))
+        else:
+            runs.append(torch.full((end - start,), first, dtype=dtype, device=device))
+        start = end
+    return torch.cat(runs)
 
 
 _STOCK_FORWARD_SINGLE = AdapterModuleMixin.forward_single_enabled_adapter_
