@@ -104,7 +104,10 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
         with _lock:
             for host in hosts:
                 kept = tuple(e for e in host._adapter_routes if e is not entry)
-                object.__setattr__(host, "_adapter_routes", kept)
+                if kept:
+                    object.__setattr__(host, "_adapter_routes", kept)
+                else:  # as before the first context: compiled code would see a difference
+                    host.__dict__.pop("_adapter_routes", None)
 
 
 def _index(hosts: list[AdapterModuleMixin]) -> dict[str, int]:

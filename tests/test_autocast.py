@@ -201,6 +201,33 @@ def routed_by_one(adapter: LinearAdapter) -> Any:
     return run
 
 
+@every_position
+def test_infinite_gradients_under_dropout(position: str) -> None:
+    """As with PyTorch's dropout they spread, from an element that was dropped, too."""
+    adapter = make(position, dropout=0.5).train()
+    x = rand(6, WIDTH).requires_grad_()
+    torch.manual_seed(0)
+    output = adapter(x)
+    for dropped in (True, False):
+        row, column = ((output == 0.0) == dropped).nonzero()[0]
+        upstream = torch.ones_like(output)
+        upstream[row, column] = float("inf")
+        inputs = [x, *adapter.parameters()]
+        gradients = torch.autograd.grad(output, inputs, upstream, retain_graph=True)
+        assert not any(g.isfinite().all() for g in gradients)
+
+
+def test_infinite_gradients_of_a_dropped_adapter() -> None:
+    """It is not computed: the input's gradient is infinite, those of the weights are zero."""
+    adapter, x = make(), rand(6, WIDTH).requires_grad_()
+    strategy = ResidualAddAdapterStrategy(stochastic_depth=1.0)
+    upstream = torch.ones_like(x)
+    upstream[1, 2] = float("inf")
+    strategy(x, adapter, module=Block(WIDTH).train()).backward(upstream)
+    assert torch.equal(x.grad, upstream)
+    assert not any(p.grad.any() for p in adapter.parameters())
+
+
 def test_overflow_is_infinite() -> None:
     """A gradient beyond float16's range becomes infinite and is not clamped to the range."""
     adapter = make().half()

@@ -23,7 +23,9 @@ def run_commands(example: Example) -> None:
             assert status == 0, line
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/coming_from_nemo.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guide.md", "docs/compile.md", "docs/coming_from_nemo.md"]
+)
 def test_examples(page, tmp_path, monkeypatch, capsys):
     """All ``python`` blocks of a page, one after the other, in one namespace and a new folder.
 

@@ -193,6 +193,19 @@ def test_vmap_over_ids() -> None:
     close(got, torch.stack(want))
 
 
+def test_routes_with_mapped_indices_are_an_error() -> None:
+    block = make_block("a", "b")
+
+    def run(x: Tensor, ids: Tensor) -> Tensor:
+        with block.route_adapters(ids):
+            return block(x)
+
+    x, ids = rand(3, 4, D), torch.tensor([0, 1, -1, 1])
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(run)(x, ids.expand(3, 4))
+    close(torch.vmap(run, in_dims=(0, None))(x, ids), torch.stack([run(row, ids) for row in x]))
+
+
 def test_vmap_draws_masks_as_its_randomness_says() -> None:
     call = Case(dtype=torch.float64, shape=(6, 7)).build()
 
@@ -260,9 +273,10 @@ def test_gradient_penalty(case: Case) -> None:
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
-def test_third_order(norm_position: str) -> None:
+@pytest.mark.parametrize("activation", ["swish", "gelu"])
+def test_third_order(activation: str, norm_position: str) -> None:
     """PyTorch's own layer norm fails this check."""
-    options = {"norm_position": norm_position, "eps": 0.5}
+    options = {"activation": activation, "norm_position": norm_position, "eps": 0.5}
     call = Case(
         bottlenecks=(2,), routing="none", shape=(2, 3), dtype=torch.float64, options=options
     ).build()
