@@ -1,9 +1,9 @@
 """The ops: :func:`linear_adapter` and :func:`route`, differentiable and compilable.
 
 The native kernels are ``torch.ops.adapter_ext.*`` (schemas in ``csrc/schemas.h``). Eager code
-reaches them through a ``torch.autograd.Function`` below autograd, torch.compile through the
-formula registered with ``torch.library``: both share one backward, but in eager mode the registered
-one takes two to three times as long for a small call.
+reaches them through a ``torch.autograd.Function`` below autograd, torch.func through another,
+torch.compile through the formula registered with ``torch.library``: all share one backward, but in
+eager mode the others take two to three times as long for a small call.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ def linear_adapter(
         aux[a] = l2_lambda[a] / B_a · Σ over the rows of a of ||d||²
 
     with m the dropout mask over its keep probability, s the stochastic depth draw over its keep
-    probability, B_a the number of samples of adapter a. Differentiable twice in ``x`` and all
-    weights. :mod:`adapter_ext.reference` is the definition, and names its sources.
+    probability, B_a the number of samples of adapter a. Differentiable any number of times in ``x``
+    and all weights, under ``torch.func`` and ``torch.vmap`` as well, and in forward mode (through
+    :mod:`adapter_ext.reference`, which is the definition, and names its sources).
 
     The same inputs give the same bits on any number of threads, and a row of y does not depend on
     the other rows of the batch. Sums are in float32, or in float64 for float64 ``x``.

@@ -178,7 +178,7 @@ def test_inductor_draws_masks_of_its_own() -> None:
 @pytest.mark.usefixtures("_no_recompilation")
 @pytest.mark.parametrize("kind", ["chain", "routed", "entered-outside", "names"])
 def test_no_host_reads(kind: str) -> None:
-    """Nothing in the graphs waits for a value, or copies from the host: so CUDA graphs hold them."""
+    """Nothing in the graphs waits for a value or copies from the host: fit for CUDA graphs."""
     model = make_model(**RANDOM).train()
     x, ids = rand(5, 2, D), random_ids(5, seed=1)
     graphs = Graphs()
