@@ -449,6 +449,8 @@ def _one_by_one(op: torch._ops.OpOverload) -> Any:
         return value if dim is None else value.select(dim, i).contiguous()
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if not info.batch_size:
+            raise RuntimeError(f"{op}: torch.vmap over a dimension of size 0 is not supported")
         results = [
             op(*(element(value, dim, i) for value, dim in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)

@@ -434,6 +434,21 @@ def test_double_backward_is_a_clear_error() -> None:
         gradient.square().sum().backward()
 
 
+def test_compiled_func_grad_is_an_error() -> None:
+    """Dynamo can't trace the op within torch.func's gradients, and names it; vmap it can."""
+    weights = make_block("a").adapter_layer["a"].fused_call().weights
+
+    def run(x: Tensor) -> Tensor:
+        return adapter_ext.linear_adapter(x, weights)[0]
+
+    x = rand(3, 2, D)
+    gradient = torch.func.grad(lambda x: run(x).square().sum())
+    with pytest.raises(Exception, match=r"adapter_ext\.linear_adapter_forward"):
+        torch.compile(gradient, fullgraph=True, backend="aot_eager")(x)
+    mapped = torch.compile(torch.vmap(run), fullgraph=True, backend="aot_eager")
+    close(mapped(x), torch.vmap(run)(x))
+
+
 @pytest.mark.usefixtures("_no_recompilation")
 def test_checkpointing_in_compiled_code() -> None:
     """The masks of the recomputation are those of the forward."""

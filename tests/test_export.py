@@ -239,7 +239,7 @@ with torch.no_grad():
         run(x, ids + 10)
     except RuntimeError as error:
         print(error)
-print("loaded", sorted(name for name in sys.modules if name.endswith("_testing")))
+print("the classes are", "known" if "compile_testing" in sys.modules else "unknown")
 """
 
 
@@ -250,7 +250,7 @@ def run_elsewhere(folder: Path, kind: str, model: nn.Module) -> None:
     command: list[Any] = [sys.executable, "-c", LOAD, str(folder), kind]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "loaded []"
+    assert done.stdout.splitlines()[-1] == "the classes are unknown"
     assert "[-1, 4)" in done.stdout + done.stderr
 
 

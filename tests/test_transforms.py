@@ -193,6 +193,12 @@ def test_vmap_over_ids() -> None:
     close(got, torch.stack(want))
 
 
+def test_vmap_over_nothing_is_a_clear_error() -> None:
+    weights = CASES["one-adapter"].build().weights
+    with pytest.raises(RuntimeError, match=r"adapter_ext\.linear_adapter.* size 0"):
+        torch.vmap(lambda x: linear_adapter(x, weights)[0])(rand(0, 4, 16))
+
+
 def test_routes_with_mapped_indices_are_an_error() -> None:
     block = make_block("a", "b")
 
