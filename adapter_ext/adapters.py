@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from adapter_ext import ops
 from adapter_ext.access import AccessMixin
-from adapter_ext.fused import FusedCall, LinearLayer, autocast_dtype, hook_tables
+from adapter_ext.fused import (
+    FusedCall,
+    LinearLayer,
+    autocast_dtype,
+    autocast_output,
+    hook_tables,
+)
 from adapter_ext.registry import instantiate, register_target
 from adapter_ext.strategies import AbstractAdapterStrategy, ResidualAddAdapterStrategyConfig
 
@@ -138,13 +144,14 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
             x: ``[..., D]``; float64, float32, bfloat16 or float16.
 
         Returns:
-            Tensor of x's shape and type.
+            Tensor of x's shape and type; under autocast of the type that the layers return.
         """
         fused = self._fused_layers()
         if fused is None:
             x = self.module(x)
             return x if self.dropout is None else self.dropout(x)
-        return ops.linear_adapter(
+        operands = autocast_dtype(x)
+        y = ops.linear_adapter(
             x,
             fused.weights,
             activation=fused.settings.activation,
@@ -153,8 +160,11 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
             dropout=fused.settings.dropout,
             residual=False,
             training=fused.settings.dropout > 0.0,
-            compute_dtype=autocast_dtype(x),
+            compute_dtype=operands,
         )[0]
+        if operands is not None:
+            y = y.to(autocast_output(x, operands, fused.settings.norm_position))
+        return y
 
     def fused_call(self) -> FusedCall | None:
         """How the op computes a call of this adapter, in its present state.

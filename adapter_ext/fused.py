@@ -61,10 +61,22 @@ class FusedCall(NamedTuple):
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type in which autocast wants products of x, None without autocast."""
     device = "cpu" if x.is_cpu else x.device.type  # the latter alone costs 0.4 us
-    # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+    # Autocast leaves float64 alone, and does not know tensors without data.
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)
     return None
+
+
+def autocast_output(x: Tensor, operands: torch.dtype, norm_position: str) -> torch.dtype:
+    """The type of what an adapter's layers return under autocast, without the residual.
+
+    Args:
+        x: the adapter's input.
+        operands: its :func:`autocast_dtype`.
+        norm_position: ``"pre"`` or ``"post"``.
+    """
+    # The last layer is a product, or a norm, which autocast computes in float32 but for the CPU's.
+    return torch.float32 if norm_position == "post" and not x.is_cpu else operands
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -6,7 +6,7 @@ import threading
 from abc import ABC
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -379,8 +379,8 @@ class AdapterModuleMixin(ABC):
             AttributeError: if an adapter has no ``adapter_strategy``.
             ValueError: under routing, if input does not fit the routes.
         """
-        if self._adapter_routes:
-            routes = _routes_of_this_thread(self._adapter_routes)
+        if self._adapter_routes or _traced_routes:
+            routes = routes_in_force(self)
             if routes is not None:
                 return routes.forward(self, input)
         for name in self._enabled_adapters:
@@ -561,11 +561,6 @@ def floating_tensor(module: nn.Module) -> Tensor | None:
     return next((t for t in tensors if t.is_floating_point()), None)
 
 
-def routes_in_force(host: AdapterModuleMixin) -> Routes | None:
-    """The routes that hold for a host in this thread; None if it is not routed."""
-    return _routes_of_this_thread(host._adapter_routes) if host._adapter_routes else None
-
-
 def strategy_of(adapter: nn.Module, name: str) -> AbstractAdapterStrategy:
     """The strategy of an adapter.
 
@@ -581,12 +576,39 @@ def strategy_of(adapter: nn.Module, name: str) -> AbstractAdapterStrategy:
     return cast(AbstractAdapterStrategy, strategy)
 
 
-def _routes_of_this_thread(stack: tuple[tuple[int, Routes], ...]) -> Routes | None:
+_TracedRoutes: TypeAlias = "tuple[tuple[frozenset[AdapterModuleMixin], Routes], ...]"
+
+# What code that is being compiled or exported has entered, the innermost last, each with its hosts.
+# Not kept on the hosts: compiled code puts back what it changed when it ends, and would undo what
+# another thread does meanwhile. Outside such code this is empty, so there is nothing to undo.
+_traced_routes: _TracedRoutes = ()
+
+
+def enter_traced_routes(hosts: frozenset[AdapterModuleMixin], routes: Routes) -> _TracedRoutes:
+    """Routes hosts in code that is being traced; returns what :func:`leave_traced_routes` takes."""
+    global _traced_routes
+    outer = _traced_routes
+    _traced_routes = (*outer, (hosts, routes))
+    return outer
+
+
+def leave_traced_routes(outer: _TracedRoutes) -> None:
+    """Undoes :func:`enter_traced_routes`, which returned ``outer``."""
+    global _traced_routes
+    _traced_routes = outer
+
+
+def routes_in_force(host: AdapterModuleMixin) -> Routes | None:
+    """The routes that hold for a host in this thread; None if it is not routed."""
+    stack = host._adapter_routes
     if torch.compiler.is_compiling():
+        for hosts, routes in reversed(_traced_routes):
+            if host in hosts:
+                return routes
         # The compiled code will run in any thread, and can't tell which it is.
-        if any(thread != stack[-1][0] for thread, _ in stack):
+        if any(thread != stack[-1][0] for thread, _ in stack[:-1]):
             raise RuntimeError("a compiled module can be routed by one thread at a time only")
-        return stack[-1][1]
+        return stack[-1][1] if stack else None
     this = threading.get_ident()
     for thread, routes in reversed(stack):
         if thread == this:

@@ -1,19 +1,20 @@
 """The ops: :func:`linear_adapter` and :func:`route`, differentiable and compilable.
 
 The native kernels are ``torch.ops.adapter_ext.*`` (schemas in ``csrc/schemas.h``). Eager code
-reaches them through a ``torch.autograd.Function`` below autograd, torch.compile through the
-formula registered with ``torch.library``: both share one backward, but in eager mode the registered
-one takes two to three times as long for a small call.
+reaches them through a ``torch.autograd.Function`` below autograd, torch.func through another,
+torch.compile through the formula registered with ``torch.library``: all share one backward, but in
+eager mode the others take two to three times as long for a small call.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from adapter_ext import _library, reference  # noqa: F401  (_library loads the ops)
 from adapter_ext.types import AdapterWeights, Routing
@@ -25,6 +26,7 @@ _inference = _native.linear_adapter.default
 _forward = _native.linear_adapter_forward.default
 _backward = _native.linear_adapter_backward.default
 _route = _native.route.default
+_vjp: Any = torch.func.vjp
 
 # The values of the enumerations in csrc/common/problem.h.
 _ACTIVATIONS = {
@@ -111,8 +113,9 @@ def linear_adapter(
         aux[a] = l2_lambda[a] / B_a · Σ over the rows of a of ||d||²
 
     with m the dropout mask over its keep probability, s the stochastic depth draw over its keep
-    probability, B_a the number of samples of adapter a. Differentiable twice in ``x`` and all
-    weights. :mod:`adapter_ext.reference` is the definition, and names its sources.
+    probability, B_a the number of samples of adapter a. Differentiable any number of times in ``x``
+    and all weights, under ``torch.func`` and ``torch.vmap`` as well, and in forward mode (through
+    :mod:`adapter_ext.reference`, which is the definition, and names its sources).
 
     The same inputs give the same bits on any number of threads, and a row of y does not depend on
     the other rows of the batch. Sums are in float32, or in float64 for float64 ``x``.
@@ -168,10 +171,15 @@ def linear_adapter(
         seed,
         compute_dtype,
     )
-    if not torch.is_grad_enabled():
+    if forward_ad._current_level >= 0:  # neither way to the native ops has forward-mode formulas
+        y, aux = _by_reference(*arguments)
+    elif not torch.is_grad_enabled():
         y, aux = _inference(*arguments)
     elif torch.compiler.is_compiling():
         y, aux, _ = _forward(*arguments)
+    elif torch._C._are_functorch_transforms_active():
+        x, flat, *rest = arguments
+        y, aux, _ = _TransformableLinearAdapter.apply(rest, x, *flat)  # type: ignore[no-untyped-call]
     else:
         x, flat, *rest = arguments
         y, aux = _LinearAdapter.apply(rest, x, *flat)  # type: ignore[no-untyped-call]
@@ -432,6 +440,29 @@ def _backward_fake(
     return [t.new_empty(t.shape) for t, flag in zip([x, *weights], needed, strict=True) if flag]
 
 
+def _one_by_one(op: torch._ops.OpOverload) -> Any:
+    """The op under torch.vmap: called for each element of the mapped dimension."""
+
+    def element(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, (list, tuple)) and dim is not None:
+            return [element(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i).contiguous()
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(element(value, dim, i) for value, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+        return type(results[0])(stacked), type(results[0])([0] * len(stacked))
+
+    return rule
+
+
+for _op in (_route, _inference, _forward, _backward):
+    torch.library.register_vmap(f"adapter_ext::{_op._opname}", _one_by_one(_op))
+
+
 class _Call(NamedTuple):
     """What the backward needs of a call of the forward."""
 
@@ -447,14 +478,15 @@ def _gradients(
     """The gradients of x and the weights, None where not needed."""
     if grad_y is None:
         grad_y = torch.zeros_like(call.x)
+    x, weights, rest, saved = call
     flags = [int(flag) for flag in needed]
     if torch.is_grad_enabled():  # the backward itself is to be differentiated
-        results = _differentiable_gradients(call, grad_y, grad_aux, flags)
+        results = _Gradients.apply(flags, rest, saved, grad_y, grad_aux, x, *weights)  # type: ignore[no-untyped-call]
     else:
-        x, weights, (order, offsets, *options), saved = call
+        order, offsets, *options = rest
         results = _backward(grad_y, grad_aux, x, weights, order, offsets, saved, flags, *options)
     if len(results) == len(flags):
-        return results
+        return cast("Sequence[Tensor]", results)
     remaining = iter(results)
     return [next(remaining) if flag else None for flag in flags]
 
@@ -465,42 +497,38 @@ def _split(flat: list[Tensor]) -> list[list[Tensor]]:
     return [flat[i * count : (i + 1) * count] for i in range(4)]
 
 
-def _differentiable_gradients(
-    call: _Call, grad_y: Tensor, grad_aux: Tensor | None, flags: list[int]
-) -> list[Tensor]:
-    """The same through the reference, which autograd can differentiate again."""
-    # Aliases, so that a tensor that is passed twice has a gradient of its own for each.
-    inputs = [t.view_as(t) for t in (call.x, *call.weights)]
-    x, weights = inputs[0], _split(inputs[1:])
-    stacked = len(weights[0]) == 1 and weights[2][0].ndim == 3
-    fields = AdapterWeights(*(field[0] if stacked else field for field in weights))
-    order, offsets, *rest = call.rest
+def _by_reference(
+    x: Tensor,
+    weights: list[Tensor],
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """The native ops' arguments, computed by the reference."""
+    fields = _split(weights)
+    stacked = len(fields[0]) == 1 and fields[2][0].ndim == 3
     options = _Options(*rest)
-    y, aux = reference.linear_adapter(
-        x,
-        fields,
-        _routing_from(order, offsets),
-        activation=next(k for k, v in _ACTIVATIONS.items() if v == options.activation),
-        norm_position=next(k for k, v in _NORM_POSITIONS.items() if v == options.norm_position),
-        eps=options.eps,
-        dropout=options.dropout,
-        stochastic_depth=options.stochastic_depth,
-        stochastic_depth_mode=next(k for k, v in _DEPTH_MODES.items() if v == options.depth_mode),
-        l2_lambda=0.0 if options.l2_lambda is None else options.l2_lambda,
-        residual=options.residual,
-        training=True,
-        seed=options.seed,
-        compute_dtype=next(
-            (k for k, v in _OPERAND_TYPES.items() if v == options.compute_type), None
-        ),
-    )
-    wanted = [t for t, flag in zip(inputs, flags, strict=True) if flag]
-    grad_outputs = [grad_y, torch.zeros_like(aux) if grad_aux is None else grad_aux]
-    return list(
-        torch.autograd.grad(
-            [y, aux], wanted, grad_outputs, create_graph=True, materialize_grads=True
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.linear_adapter(
+            x,
+            AdapterWeights(*(field[0] if stacked else field for field in fields)),
+            _routing_from(order, offsets),
+            activation=next(k for k, v in _ACTIVATIONS.items() if v == options.activation),
+            norm_position=next(k for k, v in _NORM_POSITIONS.items() if v == options.norm_position),
+            eps=options.eps,
+            dropout=options.dropout,
+            stochastic_depth=options.stochastic_depth,
+            stochastic_depth_mode=next(
+                k for k, v in _DEPTH_MODES.items() if v == options.depth_mode
+            ),
+            l2_lambda=0.0 if options.l2_lambda is None else options.l2_lambda,
+            residual=options.residual,
+            training=True,
+            seed=options.seed,
+            compute_dtype=next(
+                (k for k, v in _OPERAND_TYPES.items() if v == options.compute_type), None
+            ),
         )
-    )
 
 
 def _routing_from(order: Tensor | None, offsets: Tensor | None) -> Routing | None:
@@ -530,6 +558,26 @@ class _LinearAdapter(torch.autograd.Function):
         return None, *_gradients(_saved(ctx), grads[0], grads[1], ctx.needs_input_grad[1:])
 
 
+class _TransformableLinearAdapter(torch.autograd.Function):
+    """The same for torch.func and torch.vmap; a ``setup_context`` costs each call 20 us."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rest: list[Any], x: Tensor, *weights: Tensor) -> Any:
+        return _forward(x, list(weights), *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        rest, x, *weights = inputs
+        ctx.mark_non_differentiable(output[2])
+        _save(ctx, _Call(x, weights, rest, output[2]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _LinearAdapter.backward(ctx, *grads)
+
+
 def _save(ctx: Any, call: _Call) -> None:
     x, weights, rest, saved = call
     ctx.tensor_positions = [i for i, value in enumerate(rest) if isinstance(value, Tensor)]
@@ -544,6 +592,51 @@ def _saved(ctx: Any) -> _Call:
     for i in reversed(ctx.tensor_positions):
         rest[i] = tensors.pop()
     return _Call(x, tensors, rest, saved)
+
+
+class _Gradients(torch.autograd.Function):
+    """The native backward; its own gradients are those of the reference's, of any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        flags: list[int],
+        rest: list[Any],
+        saved: Tensor,
+        grad_y: Tensor,
+        grad_aux: Tensor | None,
+        x: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        order, offsets, *options = rest
+        return tuple(
+            _backward(grad_y, grad_aux, x, list(weights), order, offsets, saved, flags, *options)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.flags, rest, saved, grad_y, grad_aux, x, *weights = inputs
+        _save(ctx, _Call(x, weights, [grad_y, grad_aux, *rest], saved))
+        ctx.set_materialize_grads(True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weights, (grad_y, given_aux, *rest), _ = _saved(ctx)
+        grad_aux = given_aux
+        if given_aux is None:
+            grad_aux = x.new_zeros(_num_adapters(weights), dtype=_accumulate_dtype(x))
+
+        def gradients(grad_y: Tensor, grad_aux: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            _, backward = _vjp(lambda x, *w: _by_reference(x, list(w), *rest), *inputs)
+            every = backward((grad_y, grad_aux))
+            return tuple(g for g, flag in zip(every, ctx.flags, strict=True) if flag)
+
+        # Autocast around a backward would round products that the forward did not round.
+        with torch.autocast(x.device.type, enabled=False):
+            _, backward = _vjp(gradients, grad_y, grad_aux, x, *weights)
+            of_y, of_aux, *others = backward(grads)
+        return None, None, None, of_y, None if given_aux is None else of_aux, *others
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -49,6 +49,7 @@ def adapter_groups(
     """
     parameters: dict[str, list[nn.Parameter]] = {}
     for host in hosts_of(model):
+        sample_counts.prepare(host)  # code that enters a route while it is compiled can't
         for name, adapter in host._adapters().items():
             own = parameters.setdefault(name, [])
             own.extend(p for p in adapter.parameters() if p.requires_grad)

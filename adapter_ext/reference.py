@@ -119,6 +119,20 @@ def route(ids: Tensor, num_adapters: int) -> Routing:
     return Routing(ids, order, F.pad(counts.cumsum(0), (1, 0)))
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last dimension; third derivatives of PyTorch's own are wrong.
+
+    Args:
+        x: ``[..., D]``.
+        weight: ``[D]``.
+        bias: ``[D]``.
+        eps: added to the variance.
+    """
+    centred = x - x.mean(dim=-1, keepdim=True)
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    return centred * torch.rsqrt(variance + eps) * weight + bias
+
+
 def linear_adapter(
     x: Tensor,
     weights: AdapterWeights,
@@ -173,11 +187,11 @@ def linear_adapter(
         ).flatten()
         norm_weight, norm_bias, down, up = (field[a].to(accumulate) for field in weights)
         own = rows[row].to(accumulate)
-        n = F.layer_norm(own, (hidden_size,), norm_weight, norm_bias, eps)
+        n = layer_norm(own, norm_weight, norm_bias, eps)
         h = operand(n if norm_position == "pre" else own) @ operand(down).T
         o = operand(ACTIVATIONS[activation](h)) @ operand(up).T
         if norm_position == "post":
-            o = F.layer_norm(o, (hidden_size,), norm_weight, norm_bias, eps)
+            o = layer_norm(o, norm_weight, norm_bias, eps)
         if training and dropout > 0.0:
             assert seed is not None
             o = o * dropout_scale(seed, row, hidden_size, dropout).to(accumulate)

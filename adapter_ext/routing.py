@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from adapter_ext import ops, sample_counts
 from adapter_ext.fused import FusedCall, Settings, autocast_dtype
-from adapter_ext.mixin import AdapterModuleMixin, hosts_of, strategy_of
+from adapter_ext.mixin import (
+    AdapterModuleMixin,
+    enter_traced_routes,
+    hosts_of,
+    leave_traced_routes,
+    strategy_of,
+)
 from adapter_ext.strategies import (
     AbstractAdapterStrategy,
     ResidualAddAdapterStrategy,
@@ -69,18 +75,29 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
         names: an adapter's name or None (no adapter) for each sample; or indices by
             :func:`adapter_index`, -1 for none, as an int64 tensor ``[B]`` (samples) or ``[B, T]``
             (rows of inputs ``[B, T, D]``). With indices, torch.compile does not recompile when they
-            change. Entering the context waits for the device once, to check them.
+            change. Entering the context waits for the device once, to check them; where the
+            context is entered by code that is compiled or exported, that code checks them whenever
+            it runs, without waiting.
 
     Raises:
         TypeError: if names is of another type.
         ValueError: on entering, if a name or index is unknown, or that of a disabled adapter; in
             forward, if the input does not have as many samples.
+        RuntimeError: from compiled or exported code that enters the context, if an index is
+            unknown, or that of a disabled adapter.
     """
     hosts = hosts_of(module)
     if isinstance(names, Tensor):
         routes = _from_indices(names, module, hosts)
     else:
         routes = _from_names(names, module, hosts)
+    if torch.compiler.is_compiling():
+        outer = enter_traced_routes(frozenset(hosts), routes)
+        try:
+            yield
+        finally:
+            leave_traced_routes(outer)
+        return
     if torch.is_grad_enabled() and routes.may_be_idle:
         for host in hosts:
             sample_counts.prepare(host)
@@ -95,7 +112,10 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
         with _lock:
             for host in hosts:
                 kept = tuple(e for e in host._adapter_routes if e is not entry)
-                object.__setattr__(host, "_adapter_routes", kept)
+                if kept:
+                    object.__setattr__(host, "_adapter_routes", kept)
+                else:  # as before the first context: compiled code would see a difference
+                    host.__dict__.pop("_adapter_routes", None)
 
 
 def _index(hosts: list[AdapterModuleMixin]) -> dict[str, int]:
@@ -139,19 +159,22 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
         for host in hosts
         for name in host._adapters().keys() - set(host._enabled_adapters)
     }
+    names = list(index)
+    enabled = tuple(None if name in disabled else name for name in names)
+    shared = _shared_by_processes(hosts)
+    if torch.compiler.is_compiling():
+        _assert_usable(ids, index, disabled)
+        return Routes(enabled, ids, None, shared)
     present = ids.unique().tolist()  # type: ignore[no-untyped-call]
     if present and (present[0] < -1 or present[-1] >= len(index)):
         raise ValueError(
             f"indices of adapters must be in [-1, {len(index)}), got {present[0]} to "
             f"{present[-1]}; there are {index}"
         )
-    names = list(index)
     used = {names[i] for i in present if i >= 0}
     for name, host in disabled.items():
         if name in used:
             raise _disabled_error(name, module, host)
-    shared = _shared_by_processes(hosts)
-    enabled = tuple(None if name in disabled else name for name in names)
     return Routes(enabled, ids, used.union(shared), shared)
 
 
@@ -175,6 +198,17 @@ def _shared_by_processes(hosts: list[AdapterModuleMixin]) -> list[str]:
             elif any(p.requires_grad for p in adapter.parameters()):
                 trained[name] = None
     return [name for name in trained if name not in disabled]
+
+
+def _assert_usable(ids: Tensor, index: dict[str, int], disabled: Iterable[str]) -> None:
+    """Checks ids in code that is compiled or exported, which can't read them: when it runs."""
+    count = len(index)
+    usable = (ids >= -1) & (ids < count)
+    message = f"indices of adapters must be in [-1, {count}); there are {index}"
+    for name in disabled:
+        usable = usable & (ids != index[name])
+        message += f"; adapter {name!r} is disabled"
+    torch._assert_async(usable.all(), message)
 
 
 def _disabled_error(name: str, module: nn.Module, host: AdapterModuleMixin) -> ValueError:
@@ -336,7 +370,7 @@ class Routes:
         strategy: AbstractAdapterStrategy,
     ) -> Tensor:
         own = (self._ids_on(x.device).flatten() == i).nonzero().squeeze(1)
-        if own.numel() == 0 and not self._shared:
+        if not (torch.compiler.is_compiling() or self._shared) and own.numel() == 0:
             return x
         samples = x.flatten(0, self._ids.ndim - 1)
         mine = samples.index_select(0, own)
@@ -360,7 +394,7 @@ class Routes:
                 place = {name: i for i, name in enumerate(names)}
                 # The last entry is that of index -1.
                 table = [-1 if n is None else place.get(n, -1) for n in self._names] + [-1]
-                ids = torch.tensor(table, dtype=torch.int64, device=device)[ids]
+                ids = _constant(table, torch.int64, device)[ids]
             return ops.route(ids, len(names))
 
         return cast(Routing, self._once((names, device), make))
@@ -375,9 +409,7 @@ class Routes:
             return values[0]
         return cast(
             Tensor,
-            self._once(
-                (values, device), lambda: torch.tensor(values, dtype=torch.float32, device=device)
-            ),
+            self._once((values, device), lambda: _constant(values, torch.float32, device)),
         )
 
     def _once(self, key: Any, make: Any) -> Any:
@@ -388,6 +420,26 @@ class Routes:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+def _constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    # A copy from the host would keep compiled code out of CUDA graphs. So it is made where it is
+    # used, out of runs of equal or consecutive values, which are few.
+    runs: list[Tensor] = []
+    start = 0
+    while start < len(values):
+        first, end = values[start], start + 1
+        step = int(end < len(values) and values[end] == first + 1)
+        while end < len(values) and values[end] == values[end - 1] + step:
+            end += 1
+        if step:
+            runs.append(torch.arange(first, first + (end - start), dtype=dtype, device=device))
+        else:
+            runs.append(torch.full((end - start,), first, dtype=dtype, device=device))
+        start = end
+    return torch.cat(runs)
 
 
 _STOCK_FORWARD_SINGLE = AdapterModuleMixin.forward_single_enabled_adapter_

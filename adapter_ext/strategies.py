@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapter_ext import ops
 from adapter_ext.access import AccessMixin, access_options
-from adapter_ext.fused import FusedCall, autocast_dtype
+from adapter_ext.fused import FusedCall, autocast_dtype, autocast_output
 
 if TYPE_CHECKING:
     from adapter_ext.mixin import AdapterModuleMixin
@@ -112,7 +112,7 @@ class ResidualAddAdapterStrategy(AbstractAdapterStrategy):
             module: the host.
 
         Returns:
-            Tensor of input's shape.
+            Tensor of input's shape, of the type of the sum.
 
         Raises:
             ValueError: in training, if ``stochastic_depth`` is not in [0, 1], or if an auxiliary
@@ -136,6 +136,10 @@ class ResidualAddAdapterStrategy(AbstractAdapterStrategy):
         if module.training:
             depth = self.stochastic_depth
             l2_lambda = self.loss_weight(adapter, module)
+        operands = autocast_dtype(x)
+        if operands is not None:  # the type of the sum
+            output = autocast_output(x, operands, fused.settings.norm_position)
+            x = x.to(torch.promote_types(x.dtype, output))
         y, aux = ops.linear_adapter(
             x,
             fused.weights,
@@ -147,7 +151,7 @@ class ResidualAddAdapterStrategy(AbstractAdapterStrategy):
             l2_lambda=l2_lambda,
             # Everything that differs in training is 0 where it is not active.
             training=bool(fused.settings.dropout or depth or l2_lambda),
-            compute_dtype=autocast_dtype(x),
+            compute_dtype=operands,
         )
         if l2_lambda:
             register_adapter_loss(aux[0], adapter, module)

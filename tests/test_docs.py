@@ -27,6 +27,7 @@ PAGES = (
     "README.md",
     "docs/guide.md",
     "docs/any_model.md",
+    "docs/compile.md",
     "docs/coming_from_nemo.md",
     "docs/training.md",
 )

@@ -14,9 +14,18 @@ inline constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 inline constexpr double kSqrtTwoOverPi = 0.79788456080286535587989211986876;
 inline constexpr double kGeluCubic = 0.044715;
 
+// The logistic function of h, and of -h, which is one minus it without the cancellation.
+template <class V>
+struct Sigmoid {
+  V of, of_minus;
+};
+
 template <class Math, class V>
-ADAPTER_EXT_HOST_DEVICE V sigmoid(V h) {
-  return Math::splat(1.0) / (Math::splat(1.0) + Math::exp(-h));
+ADAPTER_EXT_HOST_DEVICE Sigmoid<V> sigmoid(V h) {
+  const V zero = Math::splat(0.0), one = Math::splat(1.0);
+  const V e = Math::exp(Math::select(h < zero, h, -h));  // at most 1
+  const V large = one / (one + e), small = e * large;
+  return {Math::select(h < zero, small, large), Math::select(h < zero, large, small)};
 }
 
 // act(h).
@@ -33,13 +42,13 @@ ADAPTER_EXT_HOST_DEVICE V activate(V h) {
     return Math::splat(kSeluScale) *
            Math::select(h > zero, h, Math::splat(kSeluAlpha) * Math::expm1(h));
   } else if constexpr (activation == Activation::kSwish) {
-    return h / (one + Math::exp(-h));
+    return h * sigmoid<Math>(h).of;
   } else if constexpr (activation == Activation::kGelu) {
     return h * Math::gaussian(h).cdf;
   } else {
     // 0.5 (1 + tanh u) = sigmoid(2 u), which does not cancel.
     const V u = Math::splat(kSqrtTwoOverPi) * (h + Math::splat(kGeluCubic) * h * h * h);
-    return h * sigmoid<Math>(u + u);
+    return h * sigmoid<Math>(u + u).of;
   }
 }
 
@@ -57,17 +66,20 @@ ADAPTER_EXT_HOST_DEVICE V activation_derivative(V h) {
     return Math::splat(kSeluScale) *
            Math::select(h > zero, one, Math::splat(kSeluAlpha) * Math::exp(h));
   } else if constexpr (activation == Activation::kSwish) {
-    const V s = sigmoid<Math>(h);
-    return s * (one + h * (one - s));
+    const Sigmoid<V> s = sigmoid<Math>(h);
+    return s.of * (one + h * s.of_minus);
   } else if constexpr (activation == Activation::kGelu) {
     const auto normal = Math::gaussian(h);
     return normal.cdf + h * normal.pdf;
   } else {
+    // Beyond 64 it is 0 or 1 to the last bit, and the slope would overflow.
+    const V bound = Math::splat(64.0);
+    h = Math::select(h < -bound, -bound, Math::select(h > bound, bound, h));
     const V square = h * h;
     const V u = Math::splat(kSqrtTwoOverPi) * (h + Math::splat(kGeluCubic) * square * h);
     const V slope = Math::splat(kSqrtTwoOverPi) * (one + Math::splat(3.0 * kGeluCubic) * square);
-    const V s = sigmoid<Math>(u + u);
-    return s + h * s * (one - s) * (slope + slope);
+    const Sigmoid<V> s = sigmoid<Math>(u + u);
+    return s.of + h * s.of * s.of_minus * (slope + slope);
   }
 }
 

@@ -10,39 +10,42 @@ namespace adapter_ext::cpu {
 inline namespace ADAPTER_EXT_CPU_LEVEL {
 namespace {
 
-struct Moments {
-  double mean;
-  double rstd;
-};
-
-// Mean and 1 / sqrt(variance + eps) in two passes, which stay right where |mean| >> deviation.
+// Mean and 1 / sqrt(variance + eps) in two passes, which stay right where |mean| >> deviation: the
+// mean of the deviations from the mean, which rounding left, corrects both.
 template <class C, class X>
 void moments(const X* row, int64_t count, double eps, C* mean_out, C* rstd_out) {
   constexpr int chains = 4;
-  const auto average = [&](auto&& term) {
-    Vector<C> sum[chains] = {};
+  const auto each = [&](auto&& add) {
     int64_t i = 0;
     for (; i + chains * kLanes<C> <= count; i += chains * kLanes<C>) {
 #pragma GCC unroll 4
       for (int chain = 0; chain < chains; ++chain) {
-        sum[chain] += term(load<C>(row + i + chain * kLanes<C>), FullVector{});
+        add(chain, load<C>(row + i + chain * kLanes<C>), FullVector{});
       }
     }
     for_each_vector<C>(count - i, [&](int64_t offset, auto extent) {
-      sum[0] += term(load<C>(row + i + offset, extent), extent);
+      add(0, load<C>(row + i + offset, extent), extent);
     });
+  };
+  const auto average = [&](const Vector<C>(&sum)[chains]) {
     return horizontal_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<C>(count);
   };
-  const C mean = average([](Vector<C> v, auto) { return v; });
-  const C variance = average([&](Vector<C> v, auto extent) {
+  Vector<C> sum[chains] = {}, deviations[chains] = {}, squares[chains] = {};
+  each([&](int chain, Vector<C> v, auto) { sum[chain] += v; });
+  const C mean = average(sum);
+  each([&](int chain, Vector<C> v, auto extent) {
     Vector<C> deviation = v - splat<C>(mean);
     if constexpr (std::is_same_v<decltype(extent), PartialVector>) {
       for (int64_t lane = extent.count; lane < kLanes<C>; ++lane) deviation[lane] = 0;
     }
-    return deviation * deviation;
+    deviations[chain] += deviation;
+    squares[chain] += deviation * deviation;
   });
-  *mean_out = mean;
-  *rstd_out = C(1) / std::sqrt(variance + static_cast<C>(eps));
+  const C rest = average(deviations);
+  const C variance = average(squares) - rest * rest;
+  *mean_out = mean + rest;
+  // Not below zero, where rounding may have put it; NaN stays NaN.
+  *rstd_out = C(1) / std::sqrt((variance < C(0) ? C(0) : variance) + static_cast<C>(eps));
 }
 
 #if defined(__AVX512BF16__)

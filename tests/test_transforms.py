@@ -1,0 +1,415 @@
+"""The ops and modules under torch.func, torch.vmap, forward-mode AD, checkpointing and the like.
+
+What a transform can't do must be an error that names the op, and never another number.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwad
+from layer_testing import Block, D, config, make_block, rand, randomize
+from op_testing import Call, Case, map_weights
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adapter_ext
+from adapter_ext import AdapterWeights, linear_adapter, reference, route
+
+CASES = {
+    "one-adapter": Case(bottlenecks=(3,), routing="none", dtype=torch.float64),
+    "routed-lists": Case(dtype=torch.float64, shape=(4, 2, 7)),
+    "stacked-post": Case(
+        bottlenecks=(2, 2),
+        stacked=True,
+        dtype=torch.float64,
+        shape=(3, 7),
+        options={"norm_position": "post", "activation": "gelu"},
+    ),
+    "training": Case(
+        dtype=torch.float64,
+        shape=(4, 2, 7),
+        options={"training": True, "dropout": 0.3, "stochastic_depth": 0.3, "l2_lambda": "tensor"},
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+Function = Callable[..., tuple[Tensor, Tensor]]
+
+
+def inputs_of(call: Call) -> list[Tensor]:
+    return [t.detach() for t in call.inputs().values()]
+
+
+def of_tensors(call: Call, function: Function) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of all differentiable inputs, in the order of :func:`inputs_of`."""
+
+    def run(x: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+        remaining = iter(flat)
+        weights = map_weights(lambda _: next(remaining), call.weights)
+        return function(x, weights, call.routing, **call.options)
+
+    return run
+
+
+def loss_of(call: Call, function: Function) -> Callable[..., Tensor]:
+    run = of_tensors(call, function)
+
+    def loss(*inputs: Tensor) -> Tensor:
+        y, aux = run(*inputs)
+        return (y * call.dy).sum() + y.square().sum() + (aux * call.daux).sum()
+
+    return loss
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def both(transform: Callable[[Function], Any]) -> None:
+    """The transform of the op equals that of the reference, and is not trivial."""
+    actual, expected = transform(linear_adapter), transform(reference.linear_adapter)
+    close(actual, expected)
+    assert any(bool(t.any()) for t in torch.utils._pytree.tree_leaves(expected))
+
+
+# --- torch.func -----------------------------------------------------------------------------------
+
+
+@every_case
+def test_func_grad(case: Case) -> None:
+    call = case.build()
+    inputs = inputs_of(call)
+    every = tuple(range(len(inputs)))
+    both(lambda f: torch.func.grad(loss_of(call, f), argnums=every)(*inputs))
+
+    def squared_norm(f: Function) -> Callable[..., Tensor]:
+        gradient = torch.func.grad(loss_of(call, f), argnums=every)
+        return lambda *inputs: sum(g.square().sum() for g in gradient(*inputs))  # type: ignore[return-value]
+
+    both(lambda f: torch.func.grad(squared_norm(f), argnums=every)(*inputs))
+
+
+@every_case
+def test_func_vjp_and_jacrev(case: Case) -> None:
+    call = case.build()
+    inputs = inputs_of(call)
+    cotangents = (call.dy, call.daux)
+    both(lambda f: torch.func.vjp(of_tensors(call, f), *inputs)[1](cotangents))
+    # The reference's own jacobian, one row at a time: it is not vmapped.
+    jacobians = torch.func.jacrev(of_tensors(call, linear_adapter), argnums=(0, 1))(*inputs)
+    expected = torch.func.jacrev(
+        of_tensors(call, reference.linear_adapter), argnums=(0, 1), chunk_size=1
+    )(*inputs)
+    close(jacobians, expected)
+
+
+@every_case
+def test_forward_mode(case: Case) -> None:
+    """Forward mode, which runs through the reference, agrees with the op's own backward."""
+    call = case.build()
+    inputs = inputs_of(call)
+    tangents = [rand(*t.shape, seed=i) for i, t in enumerate(inputs)]
+    run = of_tensors(call, linear_adapter)
+    _, products = torch.func.jvp(run, tuple(inputs), tuple(tangents))
+    cotangents = (call.dy, call.daux)
+    gradients = torch.func.vjp(run, *inputs)[1](cotangents)
+    close(
+        sum((c * p).sum() for c, p in zip(cotangents, products, strict=True)),
+        sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True)),
+    )
+    for grad_mode in (torch.enable_grad, torch.no_grad):  # no_grad leaves forward mode on
+        with grad_mode(), fwad.dual_level():
+            outputs = run(*map(fwad.make_dual, inputs, tangents))
+            close(tuple(fwad.unpack_dual(o).tangent for o in outputs), products)
+
+
+def test_jacfwd_and_hessian() -> None:
+    call = CASES["routed-lists"].build()
+    x, *rest = inputs_of(call)
+    run, loss = of_tensors(call, linear_adapter), loss_of(call, linear_adapter)
+    close(
+        torch.func.jacfwd(lambda x: run(x, *rest)[0])(x),
+        torch.func.jacrev(lambda x: run(x, *rest)[0])(x),
+    )
+    hessian = torch.func.hessian(lambda x: loss(x, *rest))(x)
+    close(hessian, torch.autograd.functional.hessian(lambda x: loss(x, *rest), x))
+
+
+@every_case
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_vmap(case: Case, grad_mode: Any) -> None:
+    """Over x, a weight, or all of them, along any dimension."""
+    call = case.build()
+    inputs = inputs_of(call)
+    run = of_tensors(call, linear_adapter)
+    mapped = [torch.stack([t, 2 * t, t + 1], dim=-1) for t in inputs]
+    every = range(len(inputs))
+    for chosen in ([0], [1], [2], [*every]):
+        in_dims = tuple(-1 if i in chosen else None for i in every)
+        arguments = [mapped[i] if i in chosen else inputs[i] for i in every]
+        with grad_mode():
+            actual = torch.vmap(run, in_dims=in_dims)(*arguments)
+        one_by_one = [
+            of_tensors(call, reference.linear_adapter)(
+                *(a.select(-1, k) if i in chosen else a for i, a in enumerate(arguments))
+            )
+            for k in range(3)
+        ]
+        close(actual, tuple(torch.stack(results) for results in zip(*one_by_one, strict=True)))
+
+
+@every_case
+def test_per_sample_gradients(case: Case) -> None:
+    """vmap over grad, the recipe for a gradient of each sample."""
+    call = case.build()
+    x, *weights = inputs_of(call)
+    xs = torch.stack([x, x + 1.0, x * 2.0])
+    every = tuple(range(1, len(weights) + 1))
+    gradient = torch.func.grad(loss_of(call, linear_adapter), argnums=every)
+    actual = torch.vmap(gradient, in_dims=(0, *(None for _ in weights)))(xs, *weights)
+    expected = torch.func.grad(loss_of(call, reference.linear_adapter), argnums=every)
+    each = [expected(x, *weights) for x in xs]
+    close(actual, tuple(torch.stack(gradients) for gradients in zip(*each, strict=True)))
+
+
+def test_vmap_over_ids() -> None:
+    weights = Case(dtype=torch.float64, shape=(1, 7)).build().weights
+    x, ids = rand(3, 5, 7), torch.tensor([[0, 1, 2, -1, 0], [2, 2, 2, 2, 2], [-1, 0, 1, 0, 1]])
+
+    def loss(x: Tensor, ids: Tensor, route: Any, function: Function) -> Tensor:
+        return function(x, weights, route(ids, 3))[0].square().sum()
+
+    got = torch.vmap(torch.func.grad(lambda x, i: loss(x, i, route, linear_adapter)))(x, ids)
+    want = [
+        torch.func.grad(lambda x, i: loss(x, i, reference.route, reference.linear_adapter))(*pair)
+        for pair in zip(x, ids, strict=True)
+    ]
+    close(got, torch.stack(want))
+
+
+def test_routes_with_mapped_indices_are_an_error() -> None:
+    block = make_block("a", "b")
+
+    def run(x: Tensor, ids: Tensor) -> Tensor:
+        with block.route_adapters(ids):
+            return block(x)
+
+    x, ids = rand(3, 4, D), torch.tensor([0, 1, -1, 1])
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(run)(x, ids.expand(3, 4))
+    close(torch.vmap(run, in_dims=(0, None))(x, ids), torch.stack([run(row, ids) for row in x]))
+
+
+def test_vmap_draws_masks_as_its_randomness_says() -> None:
+    call = Case(dtype=torch.float64, shape=(6, 7)).build()
+
+    def masked(x: Tensor) -> Tensor:
+        return linear_adapter(x, call.weights, call.routing, training=True, dropout=0.5)[0]
+
+    xs = call.x.detach().expand(4, -1, -1)
+    same = torch.vmap(masked, randomness="same")(xs)
+    assert all(torch.equal(y, same[0]) for y in same)
+    different = torch.vmap(masked, randomness="different")(xs)
+    assert not any(torch.equal(y, different[0]) for y in different[1:])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(masked)(xs)
+
+
+def test_batched_gradients_are_a_clear_error() -> None:
+    """``is_grads_batched`` uses PyTorch's old vmap, for which ops can't have rules."""
+    call = CASES["one-adapter"].build()
+    y, _ = call.forward()
+    with pytest.raises(RuntimeError, match=r"not implemented for adapter_ext::linear_adapter_back"):
+        torch.autograd.grad(y, call.x, torch.stack([call.dy, call.dy]), is_grads_batched=True)
+
+
+# --- functional_call ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [None, ["a", None, "b", "a"]], ids=["chain", "routed"])
+def test_functional_call_uses_the_parameters_given(names: Any) -> None:
+    block, other = make_block("a", "b"), make_block("a", "b", seed=5)
+    x = rand(4, 3, D)
+    parameters = {k: p.detach() for k, p in other.named_parameters()}
+
+    def run(parameters: dict[str, Tensor]) -> Tensor:
+        with nullcontext() if names is None else block.route_adapters(names):
+            return torch.func.functional_call(block, parameters, (x,))
+
+    with nullcontext() if names is None else other.route_adapters(names):
+        y = other(x)
+    assert torch.equal(run(parameters), y)
+    assert not torch.allclose(run({}), y)  # the block's own again
+    gradients = torch.func.grad(lambda p: run(p).square().sum())(parameters)
+    y.square().sum().backward()
+    for name, parameter in other.named_parameters():
+        close(gradients[name], parameter.grad)
+    assert all(p.grad is None for p in block.parameters())
+
+
+# --- Double backward ------------------------------------------------------------------------------
+
+
+@every_case
+def test_gradient_penalty(case: Case) -> None:
+    """Training on the norm of an input's gradient: the reference's gradients, of every weight."""
+    call = case.build()
+
+    def penalty(function: Function) -> tuple[Tensor, ...]:
+        inputs = list(call.inputs().values())
+        y, aux = call.forward(function)
+        loss = (y * call.dy).sum() + (aux * call.daux).sum()
+        (of_x,) = torch.autograd.grad(loss, call.x, create_graph=True)
+        excess = (of_x.flatten(1).norm(dim=1) - 1.0).square().sum()
+        return torch.autograd.grad(loss + 10.0 * excess, inputs, materialize_grads=True)
+
+    both(penalty)
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("activation", ["swish", "gelu"])
+def test_third_order(activation: str, norm_position: str) -> None:
+    """PyTorch's own layer norm fails this check."""
+    options = {"activation": activation, "norm_position": norm_position, "eps": 0.5}
+    call = Case(
+        bottlenecks=(2,), routing="none", shape=(2, 3), dtype=torch.float64, options=options
+    ).build()
+
+    def squared_gradient(x: Tensor) -> Tensor:
+        y, _ = linear_adapter(x, call.weights, call.routing, **call.options)
+        (of_x,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return of_x.square().sum()
+
+    assert torch.autograd.gradgradcheck(squared_gradient, (call.x,), rtol=1e-4)
+
+
+def test_first_order_gradients_are_the_same_with_a_graph() -> None:
+    """``create_graph`` costs no precision: the native backward runs all the same."""
+    call = Case(options={"training": True, "dropout": 0.2, "l2_lambda": 0.3}).build()
+    plain = call.results()
+    for name, result in call.results(create_graph=True).items():
+        assert torch.equal(result, plain[name]), name
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_double_backward_is_not_rounded_by_autocast(enabled: bool) -> None:
+    """Autocast around a backward must not round what the forward did not."""
+    call = Case(shape=(5, 16)).build()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        y, _ = linear_adapter(call.x, call.weights, call.routing, **call.options)
+        (of_x,) = torch.autograd.grad(y, call.x, call.dy, create_graph=True)
+        actual = torch.autograd.grad(of_x, [call.x, *call.weights.down], call.dy)
+    exact = call.upcast()
+    y, _ = exact.forward(reference.linear_adapter)
+    (of_x,) = torch.autograd.grad(y, exact.x, exact.dy, create_graph=True)
+    expected = torch.autograd.grad(of_x, [exact.x, *exact.weights.down], exact.dy)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+# --- Activation checkpointing ---------------------------------------------------------------------
+
+
+def make_model(**cfg: Any) -> nn.Sequential:
+    """Hosts whose adapters draw masks and, one adapter and call, whether they run at all."""
+    strategy = adapter_ext.ResidualAddAdapterStrategyConfig(stochastic_depth=0.4)
+    blocks = [Block().double() for _ in range(2)]
+    for i, block in enumerate(blocks):
+        block.add_adapter("a", config(dim=3 + i, dropout=0.3, adapter_strategy=strategy))
+        block.add_adapter("b", config(dim=2, dropout=0.3, adapter_strategy=strategy))
+    model = nn.Sequential(blocks[0], nn.Tanh(), blocks[1])
+    randomize(model)
+    return model.train()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("names", [None, ["a", "b", None, "a", "b"]], ids=["chain", "routed"])
+def test_checkpointing_replays_the_masks(names: Any, use_reentrant: bool) -> None:
+    model = make_model()
+    x = rand(5, 2, D).requires_grad_()
+    inputs = [x, *model.parameters()]
+    upstream = rand(5, 2, D, seed=9)
+
+    def routes() -> Any:
+        return nullcontext() if names is None else adapter_ext.route_adapters(model, names)
+
+    def results(checkpointed: bool, seed: int) -> list[Tensor]:
+        for tensor in inputs:
+            tensor.grad = None
+        torch.manual_seed(seed)
+        if not checkpointed:
+            with routes():
+                y = model(x)
+        elif use_reentrant:
+            # It has no context_fn, and runs the function again as it is.
+            def routed(x: Tensor) -> Tensor:
+                with routes():
+                    return model(x)
+
+            y = checkpoint(routed, x, use_reentrant=True)
+        else:
+            with routes():
+                y = checkpoint(
+                    model, x, use_reentrant=False, context_fn=lambda: (nullcontext(), routes())
+                )
+        torch.rand(3)  # the loss may draw as well
+        y.backward(upstream)
+        return [y.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in inputs)]
+
+    kept = 0
+    for seed in range(4):
+        plain, replayed = results(False, seed), results(True, seed)
+        for got, want in zip(replayed, plain, strict=True):
+            assert torch.equal(got, want)
+        kept += int(plain[2].any())
+    assert kept  # not all of them dropped
+    assert not torch.equal(results(False, 0)[0], results(False, 1)[0])
+
+
+# --- Deterministic algorithms ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Shift(nn.Module, adapter_ext.AdapterModuleUtil):
+    """An adapter that the op does not know, called on its own samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(D))
+        self.setup_adapter_strategy(None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x + self.bias)
+
+
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("names", [None, ["a", "b", None, "shift", "shift"]])
+def test_deterministic_algorithms(names: Any) -> None:
+    model = make_model()
+    model[0].add_adapter("shift", {"_target_": f"{__name__}.Shift"})
+    x = rand(5, 2, D)
+
+    def step(model: nn.Module) -> list[Tensor]:
+        torch.manual_seed(3)
+        with nullcontext() if names is None else adapter_ext.route_adapters(model, names):
+            model(x).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    first, second = step(copy.deepcopy(model)), step(copy.deepcopy(model))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    call = Case().build()
+    call.results()
+    call.results(create_graph=True)
+    assert isinstance(call.weights, AdapterWeights)
