@@ -238,7 +238,10 @@ def _routed(routes: dict[AdapterModuleMixin, Routes]) -> Iterator[None]:
         with routing._lock:
             for host, entry in entries.items():
                 kept = tuple(e for e in host._adapter_routes if e is not entry)
-                object.__setattr__(host, "_adapter_routes", kept)
+                if kept:
+                    object.__setattr__(host, "_adapter_routes", kept)
+                else:
+                    host.__dict__.pop("_adapter_routes", None)
 
 
 @contextmanager

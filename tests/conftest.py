@@ -27,6 +27,14 @@ def _manual_seed() -> None:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled yet, and nothing of this test's stays in memory."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def set_num_threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads, undone at the end of the test."""
     before = torch.get_num_threads()

@@ -1058,8 +1058,7 @@ def test_a_class_that_pickles_its_own_way():
     copy.deepcopy(model)
 
 
-def test_compiled():
-    torch._dynamo.reset()
+def test_compiled(fresh_compiler):
     model, x = injected(["layers.*", "layers.1.self_attn"]), rand(B, T, D)
     index = ax.adapter_index(model)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -151,8 +151,7 @@ def test_hidden_states_are_recorded_with_adapters():
     torch.testing.assert_close(second, output.last_hidden_state)
 
 
-def test_compiled():
-    torch._dynamo.reset()
+def test_compiled(fresh_compiler):
     _, model = make(bert)
     index = ax.adapter_index(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
