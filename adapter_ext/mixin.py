@@ -35,7 +35,10 @@ _OF_A_MODEL = (
 )
 
 # What of a module changes as adapters are added, besides adapter_layer.
-_STATE = ("_adapter_cfg", "_enabled_adapters", "_shares_adapter_cfg", "adapter_name", "model_guid")
+_STATE = (
+    *("_adapter_cfg", "_enabled_adapters", "_sample_counter", "_shares_adapter_cfg"),
+    *("adapter_name", "model_guid"),
+)
 
 
 class AdapterModuleMixin(ABC):
@@ -290,6 +293,9 @@ class AdapterModuleMixin(ABC):
         self._resolve_enabled()
 
     def _resolve_enabled(self) -> None:
+        from adapter_ext import sample_counts
+
+        sample_counts.prepare(self)
         config = getattr(self, "adapter_cfg", None)
         self._enabled_adapters = tuple(
             str(name)

@@ -49,7 +49,7 @@ def adapter_groups(
     """
     parameters: dict[str, list[nn.Parameter]] = {}
     for host in hosts_of(model):
-        sample_counts.prepare(host)  # code that enters a route while it is compiled can't
+        sample_counts.prepare(host)  # the model may have moved since the adapters were added
         for name, adapter in host._adapters().items():
             own = parameters.setdefault(name, [])
             own.extend(p for p in adapter.parameters() if p.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -64,10 +64,10 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
     Recomputation by ``torch.utils.checkpoint`` needs the routes again: pass it
     ``context_fn=lambda: (nullcontext(), route_adapters(model, names))``.
 
-    Adapters that no sample uses get no gradient (None): optimizers of PyTorch leave them alone. In
-    two cases every adapter gets one, zero for those without samples: in compiled code with indices,
-    and for enabled adapters with trainable parameters in a process group of several processes,
-    where gradients are summed over processes that route to different adapters.
+    With names, adapters that no sample uses get no gradient (None): optimizers of PyTorch leave
+    them alone. With indices every enabled adapter gets one, zero for those without samples, so that
+    the same code, compiled or not, does for any indices. In several processes, where gradients are
+    summed, names give one to all enabled adapters that are trained, too.
     :func:`adapter_ext.optim.drop_idle_gradients` tells those zeros from others.
 
     Args:
@@ -98,7 +98,7 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
         finally:
             leave_traced_routes(outer)
         return
-    if torch.is_grad_enabled() and routes.may_be_idle:
+    if routes.any_may_be_idle and torch.is_grad_enabled():
         for host in hosts:
             sample_counts.prepare(host)
     entry = (threading.get_ident(), routes)
@@ -143,8 +143,8 @@ def _from_names(
         name = next(name for name in used if name in unknown)
         raise ValueError(f"there is no adapter named {name!r}; there are {list(_index(hosts))}")
     ids = torch.tensor([-1 if n is None else used[n] for n in names], dtype=torch.int64)
-    shared = _shared_by_processes(hosts)
-    return Routes((*used, *(name for name in shared if name not in used)), ids, None, shared)
+    others = [name for name in _shared_by_processes(hosts) if name not in used]
+    return Routes((*used, *others), ids, any_may_be_idle=bool(others), shared=bool(others))
 
 
 def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin]) -> Routes:
@@ -159,23 +159,20 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
         for host in hosts
         for name in host._adapters().keys() - set(host._enabled_adapters)
     }
-    names = list(index)
-    enabled = tuple(None if name in disabled else name for name in names)
-    shared = _shared_by_processes(hosts)
     if torch.compiler.is_compiling():
         _assert_usable(ids, index, disabled)
-        return Routes(enabled, ids, None, shared)
-    present = ids.unique().tolist()  # type: ignore[no-untyped-call]
-    if present and (present[0] < -1 or present[-1] >= len(index)):
-        raise ValueError(
-            f"indices of adapters must be in [-1, {len(index)}), got {present[0]} to "
-            f"{present[-1]}; there are {index}"
-        )
-    used = {names[i] for i in present if i >= 0}
-    for name, host in disabled.items():
-        if name in used:
-            raise _disabled_error(name, module, host)
-    return Routes(enabled, ids, used.union(shared), shared)
+    else:
+        present = ids.unique().tolist()  # type: ignore[no-untyped-call]
+        if present and (present[0] < -1 or present[-1] >= len(index)):
+            raise ValueError(
+                f"indices of adapters must be in [-1, {len(index)}), got {present[0]} to "
+                f"{present[-1]}; there are {index}"
+            )
+        for name, host in disabled.items():
+            if index[name] in present:
+                raise _disabled_error(name, module, host)
+    names = tuple(None if name in disabled else name for name in index)
+    return Routes(names, ids, any_may_be_idle=True, shared=bool(_shared_by_processes(hosts)))
 
 
 def _shared_by_processes(hosts: list[AdapterModuleMixin]) -> list[str]:
@@ -241,24 +238,17 @@ class Routes:
     Args:
         names: names by index; None: no sample has that index.
         ids: int64 ``[B]`` or ``[B, T]``, indices into names, -1 for none.
-        used: the names to run, all those that have samples among them; None: all. Compiled code,
-            which must do for other ids as well, runs all.
-        shared: the names to run, with or without samples, as other processes may have some.
+        any_may_be_idle: whether some of the names may have no samples.
+        shared: whether other processes may have samples of the names that have none here.
     """
 
     def __init__(
-        self,
-        names: tuple[str | None, ...],
-        ids: Tensor,
-        used: set[str] | None,
-        shared: Collection[str],
+        self, names: tuple[str | None, ...], ids: Tensor, *, any_may_be_idle: bool, shared: bool
     ) -> None:
         self._names = names
         self._ids = ids
-        self._used = used
-        self._shared = bool(shared)
-        self.may_be_idle = used is not None or self._shared
-        """Whether adapters may run without samples."""
+        self.any_may_be_idle = any_may_be_idle
+        self._shared = shared
         # What layers share: made once a batch. Empty forever in compiled code, which would
         # recompile as it fills, and which merges equal calls itself.
         self._cache: dict[Any, Any] = {}
@@ -283,10 +273,6 @@ class Routes:
                 f"adapters are routed for samples of shape {list(shape)}, so the input must be "
                 f"{[*shape, '...', 'D']}; got {list(x.shape)}"
             )
-        compiling = torch.compiler.is_compiling()
-        names = self._names
-        if not compiling and self._used is not None:
-            names = tuple(name if name in self._used else None for name in names)
         groups: dict[tuple[Any, ...], _Group] = {}
         alone: list[tuple[int, str, nn.Module, AbstractAdapterStrategy]] = []
         adapters = host._adapters()
@@ -297,7 +283,7 @@ class Routes:
             and "forward_single_enabled_adapter_" not in host.__dict__
         )
         last_kind: tuple[Any, ...] = ()
-        for i, name in enumerate(names):
+        for i, name in enumerate(self._names):
             adapter = None if name is None else adapters.get(name)
             if name is None or adapter is None:
                 continue
@@ -331,7 +317,13 @@ class Routes:
         for i, name, adapter, strategy in alone:
             x = self._forward_alone(host, x, i, name, adapter, strategy)
         counter = host._sample_counter
-        if counter is not None and (compiling or self._shared) and x.requires_grad:
+        if (
+            self.any_may_be_idle
+            and counter is not None
+            and x.requires_grad
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_exporting()
+        ):
             offsets = self._routing(counter.names, x.device).offsets
             x = sample_counts.count(counter, x, offsets.diff())
         return x

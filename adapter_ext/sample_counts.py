@@ -42,17 +42,21 @@ class _Count(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (counts,) = ctx.saved_tensors
-        return grad, counts.to(torch.float32), None
+        return grad, torch.zeros_like(counts, dtype=torch.float32) + counts, None
 
 
 def prepare(host: AdapterModuleMixin) -> None:
-    """Gives a host a counter for its present adapters, before a forward that may count."""
+    """Gives a host a counter for its present adapters where they are, unless it has that.
+
+    Not in code that is being compiled: that finds what was there before.
+    """
     adapters = host._adapters()
     names = tuple(adapters)
     device = next((p.device for a in adapters.values() for p in a.parameters()), None)
     counter = host._sample_counter
     if counter is None or counter.names != names or counter.total.device != device:
-        total = torch.zeros(len(names), device=device, requires_grad=True)
+        # A parameter, though of no module, as torch.compile knows that their shapes do not change.
+        total = nn.Parameter(torch.zeros(len(names), device=device))
         object.__setattr__(host, "_sample_counter", Counter(names, total))
 
 
