@@ -40,7 +40,6 @@ _COMMON = (
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
-    "-Wno-error=maybe-uninitialized",
 )
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # Copies must be calls, for the race detector to see them.
@@ -71,7 +70,8 @@ def missing(flavour: Flavour) -> str | None:
 def library(flavour: Flavour) -> Path:
     """A library that registers ``torch.ops.adapter_ext_simt``, run by a simulator of CUDA."""
     kernels = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
-    return link([*kernels, FOLDER / "library.cpp"], flavour)
+    entry_points = [FOLDER / "ptxsim.cpp"] if flavour == "ptxsim" else []  # else of the runtime
+    return link([*kernels, *entry_points, FOLDER / "library.cpp"], flavour)
 
 
 def link(
