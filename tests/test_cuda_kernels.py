@@ -1,7 +1,7 @@
 """The CUDA kernels against the reference, run by a host stand-in for CUDA (tests/simt) or by a GPU.
 
 All op tests run on them with ``pytest --backend simt`` (or ``simt-race``, ``simt-sanitize``,
-``ptxsim``, ``cuda``); here is a table that reaches every kernel for every type.
+``ptxsim``, ``ptxsim-90``, ``cuda``); here is a table that reaches every kernel for every type.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def multiprocessors(
 ) -> Iterator[int]:
     """The ops run on the simulator, or on the GPU; how many multiprocessors that has.
 
-    With few of them, small problems have tiles enough to fill them. Shared memory is that of the GPUs
-    with the least, and that of an H100, which has room for buffers in large tiles.
+    With few of them, small problems have tiles enough to fill them. Shared memory is that of the
+    GPUs with the least, and that of an H100, which has room for more buffers in large tiles.
     """
     if _on_gpu(request) and request.param == "busy":
         yield torch.cuda.get_device_properties().multi_processor_count
@@ -197,6 +197,15 @@ class TestKernels:
         routing, expected = adapter_ext.route(ids, num_adapters), reference.route(ids, num_adapters)
         assert torch.equal(routing.order, expected.order)
         assert torch.equal(routing.offsets, expected.offsets)
+
+
+def test_ids_out_of_range_fail_an_assertion(request: pytest.FixtureRequest) -> None:
+    simulator = _simulator(request, 4)
+    route = plugin.simulated_ops()["_route"]
+    for ids in ([0, 3], [-2, 0], [2**62, 1]):
+        with pytest.raises(RuntimeError, match="assert"):
+            route(torch.tensor(ids), 3)
+        simulator.clear()
 
 
 def test_a_row_has_the_same_bits_on_any_number_of_multiprocessors(

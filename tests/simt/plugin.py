@@ -18,6 +18,7 @@ FLAVOURS: dict[str, build.Flavour] = {
     "simt-race": "race",
     "simt-sanitize": "sanitize",
     "ptxsim": "ptxsim",
+    "ptxsim-90": "ptxsim-90",
 }
 MULTIPROCESSORS = 4  # so few that small problems fill them
 SHARED_KIB = 99  # of the GPUs with the least, among those with tensor cores for bfloat16
