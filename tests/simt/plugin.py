@@ -75,7 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["native", "cuda", *FLAVOURS],
         default="native",
         help="what runs the ops: the CPU kernels, the CUDA kernels on a GPU, or those on CPU "
-        "tensors in a simulator (simt-race finds races, simt-sanitize needs LD_PRELOAD of libasan)",
+        "tensors in a simulator (simt-race finds races, simt-sanitize needs what .ci/run preloads)",
     )
     group.addoption("--simt-seed", type=int, default=0, help="0: warps and lanes in order")
     group.addoption("--simt-block-order", choices=list(BLOCK_ORDERS), default="ascending")
