@@ -1,7 +1,7 @@
 """The CUDA kernels against the reference, run by a host stand-in for CUDA (tests/simt) or by a GPU.
 
 All op tests run on them with ``pytest --backend simt`` (or ``simt-race``, ``simt-sanitize``,
-``ptxsim``, ``cuda``); here is a table that reaches every kernel for every type.
+``ptxsim``, ``ptxsim-90``, ``cuda``); here is a table that reaches every kernel for every type.
 """
 
 from __future__ import annotations
@@ -50,15 +50,26 @@ def _needs_gpu(request: pytest.FixtureRequest, reason: str) -> None:
         pytest.skip(reason)
 
 
-def _simulator(request: pytest.FixtureRequest, seed: int, multiprocessors: int) -> plugin.Simulator:
+def _simulator(
+    request: pytest.FixtureRequest,
+    multiprocessors: int,
+    shared_kib: int = 99,
+    other_seed: int = 0,
+) -> plugin.Simulator:
     """The simulator that --backend names; skips the test where there is none."""
     if _on_gpu(request):
         pytest.skip("chooses the number of multiprocessors, of which a GPU has as many as it has")
     if build.missing("plain") is not None:
         pytest.skip("g++ is missing")
-    backend = request.config.getoption("--backend")
+    backend, seed, block_order = map(
+        request.config.getoption, ("--backend", "--simt-seed", "--simt-block-order")
+    )
     return plugin.Simulator(
-        "simt" if backend == "native" else backend, seed, "ascending", multiprocessors
+        "simt" if backend == "native" else backend,
+        seed + other_seed,
+        block_order,
+        multiprocessors,
+        shared_kib,
     )
 
 
@@ -68,21 +79,16 @@ def multiprocessors(
 ) -> Iterator[int]:
     """The ops run on the simulator, or on the GPU; how many multiprocessors that has.
 
-    With few of them, small problems have tiles enough to fill them.
+    With few of them, small problems have tiles enough to fill them. Shared memory is that of the
+    GPUs with the least, and that of an H100, which has room for more buffers in large tiles.
     """
     if _on_gpu(request) and request.param == "busy":
         yield torch.cuda.get_device_properties().multi_processor_count
         return
-    count, seed = (4, 0) if request.param == "busy" else (1, 1)
-    simulator = _simulator(request, seed, count)
-    simulated: Any = torch.ops.adapter_ext_simt
-    for name, op in (
-        ("_inference", simulated.linear_adapter),
-        ("_forward", simulated.linear_adapter_forward),
-        ("_backward", simulated.linear_adapter_backward),
-        ("_route", simulated.route),
-    ):
-        monkeypatch.setattr(ops, name, op.default)
+    count, *settings = (4, 99, 0) if request.param == "busy" else (1, 227, 1)
+    simulator = _simulator(request, count, *settings)
+    for name, op in plugin.simulated_ops().items():
+        monkeypatch.setattr(ops, name, op)
     monkeypatch.setattr(op_testing, "tensor_cores", True)
     yield count
     errors = simulator.errors()
@@ -128,11 +134,17 @@ class TestKernels:
             dtype=dtype,
             options={"norm_position": norm_position},
         ).build()
-        with torch.no_grad():
-            y = call.forward()[0]
-            for rows in (1, 70):
-                some = dataclasses.replace(call, x=call.x[:rows]).forward()[0]
-                assert torch.equal(some, y[:rows]), rows
+
+        def y_and_dx(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+            x = call.x.detach()[:rows].requires_grad_()
+            y = dataclasses.replace(call, x=x).forward()[0]
+            return y.detach(), torch.autograd.grad(y, x, call.dy[:rows])[0]
+
+        y, dx = y_and_dx(len(call.x))
+        for rows in (1, 70):
+            some_y, some_dx = y_and_dx(rows)
+            assert torch.equal(some_y, y[:rows]), rows
+            assert torch.equal(some_dx, dx[:rows]), rows
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_routing(self, routing: str) -> None:
@@ -187,6 +199,15 @@ class TestKernels:
         assert torch.equal(routing.offsets, expected.offsets)
 
 
+def test_ids_out_of_range_fail_an_assertion(request: pytest.FixtureRequest) -> None:
+    simulator = _simulator(request, 4)
+    route = plugin.simulated_ops()["_route"]
+    for ids in ([0, 3], [-2, 0], [2**62, 1]):
+        with pytest.raises(RuntimeError, match="assert"):
+            route(torch.tensor(ids), 3)
+        simulator.clear()
+
+
 def test_a_row_has_the_same_bits_on_any_number_of_multiprocessors(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,9 +223,8 @@ def test_a_row_has_the_same_bits_on_any_number_of_multiprocessors(
             call = case.build()
             outputs = []
             for multiprocessors, rows in ((100, 70), (4, 70), (1, 70), (100, 1)):
-                simulator = _simulator(request, 0, multiprocessors)
-                simulated: Any = torch.ops.adapter_ext_simt
-                monkeypatch.setattr(ops, "_inference", simulated.linear_adapter.default)
+                simulator = _simulator(request, multiprocessors)
+                monkeypatch.setattr(ops, "_inference", plugin.simulated_ops()["_inference"])
                 with torch.no_grad():
                     some = dataclasses.replace(call, x=call.x[:rows], routing=None)
                     outputs.append(some.forward()[0])

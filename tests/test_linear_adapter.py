@@ -12,7 +12,7 @@ import torch
 from op_testing import ACTIVATIONS, LAYOUTS, ROUTINGS, Case, Recorder, check, excess, replace
 
 import adapter_ext
-from adapter_ext import reference
+from adapter_ext import ops, reference
 
 SIZES = (1, 7, 16, 50, 64, 333, 4097)
 NORM_POSITIONS = ("pre", "post")
@@ -237,7 +237,7 @@ def test_compute_dtype_float32_keeps_the_operands(rows: int) -> None:
     """With x and weights of bfloat16 the operands (the normed rows) stay in float32."""
     call = Case(shape=(rows, 65), bottlenecks=(17,), routing="none", dtype=torch.bfloat16).build()
     call.options["compute_dtype"] = torch.float32
-    with Recorder(torch.ops.adapter_ext.linear_adapter_forward.default) as recorder:
+    with Recorder(ops._forward) as recorder:
         call.forward()
     hidden = recorder.calls[0][2][2].detach()[: rows * 17].reshape(rows, 17)
     exact = call.upcast()

@@ -1,4 +1,7 @@
-"""The simulator of CUDA in tests/simt: what it computes, and which errors of kernels it reports."""
+"""The simulator of CUDA in tests/simt: what it computes, and which errors of kernels it reports.
+
+The PTX simulator is given the same broken kernels.
+"""
 
 from __future__ import annotations
 
@@ -108,11 +111,16 @@ def primitives() -> Kernels:
     return Kernels(build.link([FOLDER / "primitives.cu"], "plain"))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["correct", "broken"])
+# What is built of the kernels in broken/: without and with their errors.
+with_and_without_errors = pytest.fixture(
+    scope="module", params=[[], ["BROKEN"]], ids=["correct", "broken"]
+)
+
+
+@with_and_without_errors
 def checked(request: pytest.FixtureRequest) -> tuple[bool, Kernels]:
-    defines = ["BROKEN"] if request.param else []
-    path = build.link([FOLDER / "broken.cu"], "race", defines=defines)
-    return request.param, Kernels(path)
+    path = build.link([FOLDER / "broken.cu"], "race", defines=request.param)
+    return bool(request.param), Kernels(path)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -145,11 +153,11 @@ def test_race_names_both_threads(checked: tuple[bool, Kernels]) -> None:
     assert ", thread 32: writes byte 128 of shared memory, which thread 31 reads" in error
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["correct", "broken"])
+@with_and_without_errors
 def program(request: pytest.FixtureRequest) -> tuple[bool, Path]:
-    defines = ["BROKEN"] if request.param else []
     sources = [FOLDER / "broken.cu", FOLDER / "program.cpp"]
-    return request.param, build.link(sources, "sanitize", defines=defines, program=True)
+    path = build.link(sources, "sanitize", defines=request.param, program=True)
+    return bool(request.param), path
 
 
 @pytest.mark.parametrize("name", SANITIZED)
@@ -169,6 +177,37 @@ def test_sanitizers_report(name: str, program: tuple[bool, Path]) -> None:
         else:
             assert run.returncode == 0, run.stdout + run.stderr
             out = torch.tensor([float(line) for line in run.stdout.split()])
+            torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@with_and_without_errors
+def in_ptx(request: pytest.FixtureRequest) -> tuple[bool, ctypes.CDLL]:
+    if build.missing("ptxsim") is not None:
+        pytest.skip(build.missing("ptxsim"))
+    sources = [FOLDER / "ptxsim.cpp", FOLDER / "broken.cu"]
+    library = ctypes.CDLL(str(build.link(sources, "ptxsim", defines=request.param)))
+    return bool(request.param), library
+
+
+# nvcc makes one barrier of different ones that threads reach alike.
+@pytest.mark.parametrize("name", sorted({*BROKEN, *SANITIZED} - {"different_barriers"}))
+def test_ptx_simulator_reports(name: str, in_ptx: tuple[bool, ctypes.CDLL]) -> None:
+    broken, library = in_ptx
+    expected = (BROKEN | SANITIZED)[name][1]
+    for seed in SEEDS:
+        out = torch.full_like(X, torch.nan)
+        for tensor in (X, out):
+            library.ptxsim_register_range(
+                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), b"tensor"
+            )
+        library.simt_clear()
+        library.simt_configure(ctypes.c_uint64(seed), seed % 3, 4, 227 * 1024)
+        function = getattr(library, f"run_{name}")
+        function.restype = ctypes.c_bool
+        went_well = function(ctypes.c_void_p(X.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+        library.ptxsim_unregister_range(ctypes.c_void_p(out.data_ptr()))
+        assert went_well == (not broken)
+        if not broken:
             torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 

@@ -335,7 +335,7 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
   const WarpTile<S> warp;
   const C* vectors = static_cast<const C*>(params.vectors) + 2 * segment.adapter * b.hidden_stride;
   T* hidden_gradients = static_cast<T*>(params.hidden_gradients) + first * params.padded;
-  C mean_sum[2] = {}, product_sum[2] = {};  // of the warp's rows g and g + 8
+  C mean = 0, product = 0;  // of the thread's row
   const int64_t steps = (width + kStep<P> - 1) / kStep<P>;
   for (int64_t block = 0; block * kBlock < r; ++block) {
     const int columns = r - block * kBlock < kBlock ? static_cast<int>(r - block * kBlock) : kBlock;
@@ -396,7 +396,9 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
                                                      kBlockPitch<P>, kStep<P>, columns);
     }
     copy_async_wait<0>();
-    hidden_gradient.for_each_pair([&](int i, int column, C first_dz, C second_dz, int half) {
+    constexpr int groups = Product<P, S>::kTiles / 2;         // of 16 columns
+    C mean_sum[groups][2] = {}, product_sum[groups][2] = {};  // of the warp's rows g and g + 8
+    hidden_gradient.for_each_pair([&](int i, int column, C first_dz, C second_dz, int pair) {
       const int64_t j = block * kBlock + column;
       C dh[2] = {first_dz, second_dz}, h[2] = {};
       if (tile.active()[i])
@@ -406,8 +408,8 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
         if (tile.active()[i] && j + e < r) {
           dh[e] *= derivative_of(b.activation, h[e]);
           if (tile.pre) {
-            mean_sum[half] += dh[e] * vectors[j + e];
-            product_sum[half] += dh[e] * (h[e] - vectors[b.hidden_stride + j + e]);
+            mean_sum[pair / 4][pair % 2] += dh[e] * vectors[j + e];
+            product_sum[pair / 4][pair % 2] += dh[e] * (h[e] - vectors[b.hidden_stride + j + e]);
           }
         } else {
           dh[e] = C(0);
@@ -418,30 +420,31 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
                                    P::round(dh[0], tile.rounding), P::round(dh[1], tile.rounding));
       }
     });
-  }
-  if (!tile.pre) return;
-  // Over the lanes of a row, then over the warps that share it, in their order.
-  constexpr int across = WarpTile<S>::kAcross;
-  C* of_warps = shared_at<C>(params.gradient[0]);  // [across, rows, 2]
-  __syncthreads();
+    if (!tile.pre) continue;
+    // Over the lanes of a row, then over groups of columns: in one order, whatever the tile.
+    C* of_groups = shared_at<C>(params.gradient[0]);  // [kBlock / 16, rows, 2]
+    __syncthreads();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const C mean = sum_over_lanes<4>(mean_sum[half]);
-    const C product = sum_over_lanes<4>(product_sum[half]);
-    if (warp.t != 0) continue;
-    const int part = warp.first_column / WarpTile<S>::kColumns;
-    store_pair<Space::kShared>(of_warps + 2 * (part * rows + warp.first_row + warp.g + 8 * half),
-                               mean, product);
+    for (int i = 0; i < 2 * groups; ++i) {
+      const C mean_of_group = sum_over_lanes<4>(mean_sum[i / 2][i % 2]);
+      const C product_of_group = sum_over_lanes<4>(product_sum[i / 2][i % 2]);
+      if (warp.t != 0) continue;
+      const int group = warp.first_column / 16 + i / 2;
+      const int row = warp.first_row + warp.g + i % 2 * 8;
+      store_pair<Space::kShared>(of_groups + 2 * (group * rows + row), mean_of_group,
+                                 product_of_group);
+    }
+    __syncthreads();
+    if (const int i = thread_index(); i < rows) {
+      for (int group = 0; group < kBlock / 16; ++group) {
+        mean += of_groups[2 * (group * rows + i)];
+        product += of_groups[2 * (group * rows + i) + 1];
+      }
+    }
   }
-  __syncthreads();
-  const int i = thread_index();
-  if (i >= count) return;
-  C mean = 0, product = 0;
-  for (int part = 0; part < across; ++part) {
-    mean += of_warps[2 * (part * rows + i)];
-    product += of_warps[2 * (part * rows + i) + 1];
+  if (const int i = thread_index(); tile.pre && i < count) {
+    store_row_sums(i, mean / static_cast<C>(width), product / static_cast<C>(width));
   }
-  store_row_sums(i, mean / static_cast<C>(width), product / static_cast<C>(width));
 }
 
 // Writes one adapter's gradients for a block of columns, from sums over all its rows.

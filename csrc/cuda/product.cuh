@@ -171,7 +171,8 @@ struct Product {
     }
   }
 
-  // Calls function(row, column, two sums in neighbouring columns, which of the lane's two rows).
+  // Calls function(row, column, two sums in neighbouring columns, which pair of the lane's: 0 and 1
+  // are those of the first tile of 8 columns, in rows g and g + 8).
   template <class Function>
   __device__ __forceinline__ void for_each_pair(Function&& function) {
     const Warp warp;
@@ -180,7 +181,7 @@ struct Product {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         function(warp.first_row + warp.g + 8 * half, warp.first_column + 8 * i + 2 * warp.t,
-                 sum[i][2 * half], sum[i][2 * half + 1], half);
+                 sum[i][2 * half], sum[i][2 * half + 1], 2 * i + half);
       }
     }
   }

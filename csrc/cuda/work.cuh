@@ -64,14 +64,22 @@ struct Adapters {
     if (stacked) {
       if (threadIdx.x == 0) *shared = of_stack(a);
     } else if (const int word = static_cast<int>(threadIdx.x); word < kWords) {
-      const Adapter* from = (list ? list : adapter) + a;
-      reinterpret_cast<uint64_t*>(shared)[word] = reinterpret_cast<const uint64_t*>(from)[word];
+      const auto copy = [&](const Adapter& from) {
+        reinterpret_cast<uint64_t*>(shared)[word] = reinterpret_cast<const uint64_t*>(&from)[word];
+      };
+      if (list) {
+        copy(list[a]);
+      } else {
+        copy(adapter[a]);
+      }
     }
     return *shared;
   }
 
   __device__ __forceinline__ AdapterView view(int64_t a) const {
-    return stacked ? of_stack(a).view : (list ? list : adapter)[a].view;
+    if (stacked) return of_stack(a).view;
+    if (list) return list[a].view;
+    return adapter[a].view;
   }
 
  private:

@@ -17,11 +17,13 @@ from typing import Literal
 
 import torch
 
-Flavour = Literal["plain", "race", "sanitize", "ptxsim"]
+Flavour = Literal["plain", "race", "sanitize", "ptxsim", "ptxsim-90"]
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent.parent
 SIMULATOR = REPOSITORY.parent / "shared" / "ptxsim"
+# What nvcc compiles for the PTX simulator: it makes other code for bfloat16 from 90 on.
+PTX_ARCHITECTURES: dict[Flavour, int] = {"ptxsim": 80, "ptxsim-90": 90}
 CACHE = REPOSITORY / "build" / "simt"
 JOBS = 2
 VERSIONS = 3  # of a file, are kept
@@ -40,7 +42,6 @@ _COMMON = (
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
-    "-Wno-error=maybe-uninitialized",
 )
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # Copies must be calls, for the race detector to see them.
@@ -59,7 +60,7 @@ def missing(flavour: Flavour) -> str | None:
     """What is not there and would be needed, if anything."""
     if shutil.which("g++") is None:
         return "g++ is missing"
-    if flavour == "ptxsim":
+    if flavour in PTX_ARCHITECTURES:
         if shutil.which("nvcc") is None:
             return "nvcc is missing"
         if not SIMULATOR.exists():
@@ -71,7 +72,10 @@ def missing(flavour: Flavour) -> str | None:
 def library(flavour: Flavour) -> Path:
     """A library that registers ``torch.ops.adapter_ext_simt``, run by a simulator of CUDA."""
     kernels = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
-    return link([*kernels, FOLDER / "library.cpp"], flavour)
+    entry_points = (
+        [FOLDER / "ptxsim.cpp"] if flavour in PTX_ARCHITECTURES else []
+    )  # else of the runtime
+    return link([*kernels, *entry_points, FOLDER / "library.cpp"], flavour)
 
 
 def link(
@@ -97,7 +101,7 @@ def link(
         raise RuntimeError(reason)
     flags = tuple(f"-D{name}" for name in defines)
     commands = [_compile_command(source, flavour, flags) for source in sources]
-    if flavour != "ptxsim":
+    if flavour not in PTX_ARCHITECTURES:
         runtime = [*RUNTIME, FOLDER / "race.cpp"] if flavour == "race" else RUNTIME
         commands += [_compile_command(source, flavour, ()) for source in runtime]
     with ThreadPoolExecutor(JOBS) as pool:
@@ -105,7 +109,7 @@ def link(
     command = ["g++", *map(str, objects), "-rdynamic" if program else "-shared", "-ldl"]
     if flavour == "sanitize":
         command += _SANITIZE
-    if flavour == "ptxsim":
+    if flavour in PTX_ARCHITECTURES:
         folder = simulator()
         command += [f"-L{folder}", "-lcudart_sim", f"-Wl,-rpath={folder}"]
     if any(source.name == "library.cpp" for source in sources):
@@ -121,9 +125,10 @@ Command = tuple[tuple[str, ...], str]
 def _compile_command(source: Path, flavour: Flavour, flags: Sequence[str]) -> Command:
     includes = [f"-I{REPOSITORY / 'csrc'}", f"-I{FOLDER}"]
     is_kernel = source.suffix == ".cu"
-    if flavour == "ptxsim" and is_kernel:
+    if flavour in PTX_ARCHITECTURES and is_kernel:
         command = ["nvcc", "-std=c++20", "-O2", "-lineinfo", "-Xcompiler=-fPIC", "-cudart", "none"]
-        command += ["-gencode", "arch=compute_80,code=compute_80", "--no-compress", *includes]
+        compute = f"compute_{PTX_ARCHITECTURES[flavour]}"
+        command += ["-gencode", f"arch={compute},code={compute}", "--no-compress", *includes]
     else:
         command = ["g++", *_COMMON, *includes]
         # What takes least time for building and running together.

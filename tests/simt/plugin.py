@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +18,10 @@ FLAVOURS: dict[str, build.Flavour] = {
     "simt-race": "race",
     "simt-sanitize": "sanitize",
     "ptxsim": "ptxsim",
+    "ptxsim-90": "ptxsim-90",
 }
 MULTIPROCESSORS = 4  # so few that small problems fill them
-SHARED_BYTES = 99 * 1024  # of the GPUs with the least, among those with tensor cores for bfloat16
+SHARED_KIB = 99  # of the GPUs with the least, among those with tensor cores for bfloat16
 BLOCK_ORDERS = {"ascending": 0, "reverse": 1, "random": 2}
 
 
@@ -34,30 +34,38 @@ class Simulator:
         seed: int,
         block_order: str,
         multiprocessors: int = MULTIPROCESSORS,
+        shared_kib: int = SHARED_KIB,
     ) -> None:
-        flavour = FLAVOURS[backend]
-        library = build.library(flavour)
-        if flavour == "ptxsim":
-            os.environ["PTXSIM_RACE"] = "1"
-            os.environ["PTXSIM_SEED"] = str(seed)
-            os.environ["PTXSIM_BLOCK_ORDER"] = block_order
-            self.library = ctypes.CDLL(str(build.simulator() / "libcudart_sim.so"))
-            names = ("ptxsim_error_count", "ptxsim_last_error", "ptxsim_clear_errors")
-        else:
-            self.library = ctypes.CDLL(str(library))
-            self.library.simt_configure(
-                ctypes.c_uint64(seed), BLOCK_ORDERS[block_order], multiprocessors, SHARED_BYTES
-            )
-            names = ("simt_error_count", "simt_last_error", "simt_clear")
-        self._count, self._last, self.clear = (getattr(self.library, name) for name in names)
-        self._count.restype = ctypes.c_uint64
-        self._last.restype = ctypes.c_char_p
-        torch.ops.load_library(str(library))
+        path = str(build.library(FLAVOURS[backend]))
+        torch.ops.load_library(path)
+        self._library = ctypes.CDLL(path)
+        self._library.simt_error_count.restype = ctypes.c_uint64
+        self._library.simt_last_error.restype = ctypes.c_char_p
+        self._library.simt_configure(
+            ctypes.c_uint64(seed), BLOCK_ORDERS[block_order], multiprocessors, shared_kib * 1024
+        )
 
     def errors(self) -> str | None:
         """The latest error since they were cleared, and how many there were."""
-        count = self._count()
-        return f"{count} errors, the latest: {self._last().decode()}" if count else None
+        count = self._library.simt_error_count()
+        if not count:
+            return None
+        return f"{count} errors, the latest: {self._library.simt_last_error().decode()}"
+
+    def clear(self) -> None:
+        """Forgets the errors."""
+        self._library.simt_clear()
+
+
+def simulated_ops() -> dict[str, Any]:
+    """What stands for the native ops in ``adapter_ext.ops``, by its name there."""
+    simulated: Any = torch.ops.adapter_ext_simt
+    return {
+        "_inference": simulated.linear_adapter.default,
+        "_forward": simulated.linear_adapter_forward.default,
+        "_backward": simulated.linear_adapter_backward.default,
+        "_route": simulated.route.default,
+    }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["native", "cuda", *FLAVOURS],
         default="native",
         help="what runs the ops: the CPU kernels, the CUDA kernels on a GPU, or those on CPU "
-        "tensors in a simulator (simt-race finds races, simt-sanitize needs LD_PRELOAD of libasan)",
+        "tensors in a simulator (simt-race finds races, simt-sanitize needs what .ci/run preloads)",
     )
     group.addoption("--simt-seed", type=int, default=0, help="0: warps and lanes in order")
     group.addoption("--simt-block-order", choices=list(BLOCK_ORDERS), default="ascending")
@@ -91,11 +99,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.stash[_SIMULATOR] = simulator
     op_testing.tensor_cores = True
-    simulated: Any = torch.ops.adapter_ext_simt
-    ops._inference = simulated.linear_adapter.default
-    ops._forward = simulated.linear_adapter_forward.default
-    ops._backward = simulated.linear_adapter_backward.default
-    ops._route = simulated.route.default
+    for name, op in simulated_ops().items():
+        setattr(ops, name, op)
 
 
 @pytest.fixture(autouse=True)
