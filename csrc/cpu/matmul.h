@@ -224,19 +224,25 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, 
                  int64_t out_row, bool accumulate) {
   using V = Vector<C>;
   V sum[rows][vectors] = {};
-  const C* a = left.data;
-  for (int64_t k = 0; k < k_count; ++k, a += left.k_stride, b += b_k) {
+  // A pointer for every third row: with one for all, the rows' offsets take more registers than
+  // there are.
+  constexpr int group = 3;
+  const C* a[(rows + group - 1) / group];
+  for (int i = 0; i * group < rows; ++i) a[i] = left.data + i * group * left.row_stride;
+  for (int64_t k = 0; k < k_count; ++k, b += b_k) {
     V right[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
-      const V value = Product::splat(a + row * left.row_stride);
+      const V value = Product::splat(a[row / group] + row % group * left.row_stride);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         sum[row][v] = Product::add(sum[row][v], value, right[v]);
       }
     }
+#pragma GCC unroll 4
+    for (const C*& from : a) from += left.k_stride;
   }
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
