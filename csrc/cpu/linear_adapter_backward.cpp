@@ -4,8 +4,7 @@
 //
 // As in adapter_ext/reference.py: h = down n, z = act(h), o = up z; a leading d is a gradient. The
 // norm's row sums need no pass over D: mean(dx̂) = (dh·c1)/D and mean(dx̂ ⊙ x̂) = (dh·(h - c0))/D
-// with c1 = down γ, c0 = down β. With dn = dh down: dγ = Σ dn ⊙ x̂, dβ = Σ dn, and
-// d_down = γ ⊙ (dhᵀ x̂) + (Σ dh) ⊗ β.
+// with c1 = down γ, c0 = down β. With dn = dh down: dγ = Σ dn ⊙ x̂, dβ = Σ dn.
 
 #include <cstdlib>
 #include <cstring>
@@ -138,15 +137,15 @@ struct RowResults {
 
 // What one adapter's gradients ask for.
 struct Wanted {
-  bool hidden_gradient, input_gradient, down_sum, up_sum, norm;
+  bool hidden_gradient, normalized_gradient, down_sum, up_sum, norm;
 
   Wanted(const LinearAdapterBackward& p, int64_t adapter, bool pre) {
     const AdapterGradients& g = p.gradients[adapter];
     norm = g.norm_weight || g.norm_bias;
-    down_sum = g.down || (pre && norm);
+    down_sum = g.down != nullptr;
     up_sum = g.up != nullptr;
-    input_gradient = p.grad_x != nullptr;
-    hidden_gradient = input_gradient || down_sum;
+    normalized_gradient = p.grad_x || (pre && norm);
+    hidden_gradient = normalized_gradient || down_sum;
   }
   bool anything() const { return hidden_gradient || up_sum || norm; }
 };
@@ -473,14 +472,13 @@ class ColumnPass {
     const int64_t weights = Weights::size(p_.hidden_stride, kMostColumns);
     const int64_t operand = steps<Product>(kRows) * kWide * kColumns;
     Scratch scratch(1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * kMostColumns) +
-                           Scratch::bytes<C>(r) + 2 * Scratch::bytes<C>(operand) +
+                           2 * Scratch::bytes<C>(operand) +
                            2 * Scratch::bytes<C>(kRows * kWide * kColumns) +
-                           7 * Scratch::bytes<C>(kMostColumns));
+                           6 * Scratch::bytes<C>(kMostColumns));
     packed_down_ = scratch.take<C>(weights);
     packed_up_ = scratch.take<C>(weights);
     down_sum_ = scratch.take<C>(r * kMostColumns);
     up_sum_ = scratch.take<C>(r * kMostColumns);
-    hidden_sum_ = scratch.take<C>(r);
     x_ = scratch.take<C>(operand);
     gradient_ = scratch.take<C>(operand);
     out_ = scratch.take<C>(kRows * kWide * kColumns);
@@ -489,7 +487,6 @@ class ColumnPass {
     norm_bias_ = scratch.take<C>(kMostColumns);
     norm_weight_sum_ = scratch.take<C>(kMostColumns);
     norm_bias_sum_ = scratch.take<C>(kMostColumns);
-    down_row_ = scratch.take<C>(kMostColumns);
     for (C*& mask : masks_) mask = scratch.take<C>(kMostColumns);
   }
 
@@ -534,7 +531,7 @@ class ColumnPass {
     };
     unpack_vector<X>(p_.weight_type, shifted(view_.norm_weight, column), columns, norm_weight_);
     unpack_vector<X>(p_.weight_type, shifted(view_.norm_bias, column), columns, norm_bias_);
-    if (wanted.input_gradient) {
+    if (wanted.normalized_gradient) {
       down_.prepare(p_, shifted(view_.down, column), view_.down_stride, r, columns, false,
                     segment.rows, packed_down_);
     }
@@ -542,7 +539,6 @@ class ColumnPass {
       up_.prepare(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
                   true, segment.rows, packed_up_);
     }
-    if (pre_ && wanted.down_sum && summed_ != &segment) sum_hidden_gradient(segment);
     std::fill(norm_weight_sum_, norm_weight_sum_ + stride_, C(0));
     std::fill(norm_bias_sum_, norm_bias_sum_ + stride_, C(0));
     for (int64_t first = 0; first < segment.rows; first += kRows) {
@@ -559,23 +555,23 @@ class ColumnPass {
         multiply<C, Product>(r, columns, row_steps, results_.activated.transposed(segment, first),
                              {gradient_, kPanel<C>, stride_}, up_sum_, stride_, first > 0);
       }
-      if (wanted.down_sum) {  // M [r, columns] += dhᵀ x̂
+      if (wanted.down_sum) {  // d_down [r, columns] += dhᵀ n
         load_x(segment, first, count, column, columns);
         multiply<C, Product>(r, columns, row_steps,
                              results_.hidden_gradient.transposed(segment, first),
                              {x_, kPanel<C>, stride_}, down_sum_, stride_, first > 0);
       }
-      if (wanted.input_gradient) {
+      if (wanted.normalized_gradient) {
         down_.multiply(count, 0, r, 0, columns, results_.hidden_gradient.rows(segment, first),
                        product_, stride_, false);
-        store_grad_x(segment, first, count, column, columns);
+        finish_rows(segment, first, count, column, columns, pre_ && wanted.norm);
       }
     }
     const AdapterGradients& gradients = p_.gradients[segment.adapter];
     if (p_.weight_type == DataType::kFloat32) {
-      write<float>(gradients, wanted, r, column, columns);
+      write<float>(gradients, r, column, columns);
     } else {
-      write<X>(gradients, wanted, r, column, columns);
+      write<X>(gradients, r, column, columns);
     }
   }
 
@@ -617,7 +613,7 @@ class ColumnPass {
     }
   }
 
-  // x̂ (pre) or x (post).
+  // n = LN(x) (pre) or x (post).
   void load_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
               int64_t columns) {
     load_right(count, columns, x_, [&](int64_t i) {
@@ -626,7 +622,12 @@ class ColumnPass {
       prefetch_row(segment, first + i, p_.x, column, columns);
       const Vector<C> mean = splat<C>(pre_ ? static_cast<const C*>(p_.mean)[at] : C(0));
       const Vector<C> rstd = splat<C>(pre_ ? static_cast<const C*>(p_.rstd)[at] : C(1));
-      return [=](int64_t c, auto extent) { return (load<C>(from + c, extent) - mean) * rstd; };
+      return [=, this](int64_t c, auto extent) {
+        const Vector<C> v = load<C>(from + c, extent);
+        if (!pre_) return v;
+        return (v - mean) * rstd * load<C>(norm_weight_ + c, extent) +
+               load<C>(norm_bias_ + c, extent);
+      };
     });
   }
 
@@ -688,40 +689,33 @@ class ColumnPass {
     }
   }
 
-  // Σ dh over a segment's rows.
-  void sum_hidden_gradient(const Segment& segment) {
-    const int64_t r = view_.bottleneck;
-    std::fill(hidden_sum_, hidden_sum_ + r, C(0));
-    for (int64_t i = 0; i < segment.rows; ++i) {
-      const C* dh = results_.hidden_gradient.row(segment, i);
-      for_each_vector<C>(r, [&](int64_t j, auto extent) {
-        const Vector<C> sum = load<C>(hidden_sum_ + j, extent);
-        store<C>(hidden_sum_ + j, sum + Product::element(dh, j, extent), extent);
-      });
-    }
-    summed_ = &segment;
-  }
-
-  void store_grad_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
-                    int64_t columns) {
+  // From dn (post: dx without the residual) the gradients of x and of the pre norm.
+  void finish_rows(const Segment& segment, int64_t first, int64_t count, int64_t column,
+                   int64_t columns, bool norm) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = row(segment, first + i);
       const X* x = static_cast<const X*>(p_.x) + at * width_ + column;
       const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
-      X* to = static_cast<X*>(p_.grad_x) + at * width_ + column;
-      prefetch_row<true>(segment, first + i, p_.grad_x, column, columns);
+      X* to = p_.grad_x ? static_cast<X*>(p_.grad_x) + at * width_ + column : nullptr;
+      if (to) prefetch_row<true>(segment, first + i, p_.grad_x, column, columns);
       const C* sums = results_.sums.get() + 2 * (segment.first_position + first + i);
       const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
       const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
       const Vector<C> sum = splat<C>(sums[0]), product_sum = splat<C>(sums[1]);
       const C *product = product_ + i * stride_, *weight = norm_weight_;
+      C *weight_sum = norm_weight_sum_, *bias_sum = norm_bias_sum_;
       const bool pre = pre_, residual = p_.residual;
       for_each_vector<C>(columns, [&](int64_t c, auto extent) {
         Vector<C> d = load<C>(product + c, extent);
         if (pre) {
           const Vector<C> normalized = (load<C>(x + c, extent) - mean) * rstd;
+          if (norm) {
+            store<C>(weight_sum + c, load<C>(weight_sum + c) + d * normalized);
+            store<C>(bias_sum + c, load<C>(bias_sum + c) + d);
+          }
           d = rstd * (d * load<C>(weight + c, extent) - sum - normalized * product_sum);
         }
+        if (!to) return;
         if (residual) d += load<C>(grad_y + c, extent);
         store<C>(to + c, d, extent);
       });
@@ -729,20 +723,14 @@ class ColumnPass {
   }
 
   template <class W>
-  void write(const AdapterGradients& gradients, const Wanted& wanted, int64_t r, int64_t column,
+  void write(const AdapterGradients& gradients, int64_t r, int64_t column,
              int64_t columns) {
     if (gradients.up) write_up(static_cast<W*>(gradients.up) + column * r, r, columns);
-    W* down = static_cast<W*>(gradients.down) + column;
-    for (int64_t j = 0; wanted.down_sum && j < r; ++j) {
-      C* sum = down_sum_ + j * stride_;
-      if (pre_ && wanted.norm) add_norm_gradient<W>(j, column, columns);
-      for_each_vector<C>(gradients.down ? columns : 0, [&](int64_t c, auto extent) {
-        Vector<C> d = load<C>(sum + c, extent);
-        if (pre_) {
-          d = d * load<C>(norm_weight_ + c, extent) +
-              splat<C>(hidden_sum_[j]) * load<C>(norm_bias_ + c, extent);
-        }
-        store<C>(down + j * width_ + c, d, extent);
+    for (int64_t j = 0; gradients.down && j < r; ++j) {
+      W* down = static_cast<W*>(gradients.down) + j * width_ + column;
+      const C* sum = down_sum_ + j * stride_;
+      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+        store<C>(down + c, load<C>(sum + c, extent), extent);
       });
     }
     W* norm_weight = static_cast<W*>(gradients.norm_weight);
@@ -772,21 +760,6 @@ class ColumnPass {
     }
   }
 
-  // What row j of `down` and of M adds to dγ and dβ.
-  template <class W>
-  void add_norm_gradient(int64_t j, int64_t column, int64_t columns) {
-    const W* down = static_cast<const W*>(view_.down) + j * view_.down_stride + column;
-    transform_row<C>(down, columns, down_row_, [](int64_t, auto v, auto) { return v; });
-    round_operand(p_, down_row_, columns);
-    const Vector<C> hidden_sum = splat<C>(hidden_sum_[j]);
-    for_each_vector<C>(columns, [&](int64_t c, auto) {
-      const Vector<C> weight = load<C>(down_row_ + c);
-      store<C>(norm_weight_sum_ + c,
-               load<C>(norm_weight_sum_ + c) + weight * load<C>(down_sum_ + j * stride_ + c));
-      store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c) + weight * hidden_sum);
-    });
-  }
-
   const LinearAdapterBackward& p_;
   const Plan& plan_;
   const RowResults<C, Product>& results_;
@@ -795,11 +768,10 @@ class ColumnPass {
   const bool pre_;
   const int64_t width_;
   int64_t stride_;  // of the tile's buffers
-  const Segment* summed_ = nullptr;
   AdapterView view_;
   Weights down_, up_;
-  C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *hidden_sum_, *x_, *out_, *gradient_,
-      *product_, *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_, *down_row_;
+  C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *x_, *out_, *gradient_, *product_,
+      *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_;
   C* masks_[2];
 };
 

@@ -115,8 +115,9 @@ static void unpack_vector(DataType type, const void* from, int64_t count, Accumu
   });
 }
 
-// A weight matrix as the right operand of products. For many rows it is packed whole, for rows of
-// one block piece by piece as the product needs it, for a single row it is read as it is stored.
+// A weight matrix as the right operand of products. For many rows it is packed whole. For those of
+// one block, and for a single row, it is read as it is stored where that can be; else it is packed
+// piece by piece as the product needs it.
 //
 // `Product` says how steps over k are taken; left operands are its steps. One that takes several
 // elements in a step wants weights of x's type.
@@ -176,9 +177,19 @@ class WeightOperand {
       });
       return;
     }
+    int64_t column = 0;
+    if (!transposed_ && !rounds_operands(*problem_)) {
+      with_stored(first_k, first_column, [&]<class W>(const W* part) {
+        if constexpr (std::is_same_v<W, C>) {
+          column = columns / kLanes<C> * kLanes<C>;
+          cpu::multiply<C, Product>(rows, column, k_count, left, {part, kPanel<C>, stride_}, out,
+                                    out_row, accumulate);
+        }
+      });
+    }
     // Pieces follow the rows of the matrix as it is stored, which is how memory likes to be read.
-    const int64_t width = transposed_ ? kPanel<C> : columns;
-    for (int64_t column = 0; column < columns; column += width) {
+    const int64_t width = transposed_ ? kPanel<C> : columns - column;
+    for (; column < columns; column += width) {
       const int64_t part = std::min(width, columns - column);
       for (int64_t k = 0; k < k_count; k += kBlockK) {
         const int64_t block = std::min(kBlockK, k_count - k);
@@ -302,14 +313,6 @@ static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task
     }
     cost += kPackingRows;
   }
-}
-
-template <class C, class X, class Transform>
-ADAPTER_EXT_HOST_DEVICE void transform_row(const X* from, int64_t count, C* to,
-                                           Transform&& transform) {
-  for_each_vector<C>(count, [&](int64_t i, auto extent) {
-    store<C>(to + i, transform(i, load<C>(from + i, extent), extent), extent);
-  });
 }
 
 }  // namespace ADAPTER_EXT_CPU_LEVEL

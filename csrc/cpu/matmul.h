@@ -48,10 +48,6 @@ struct MultiplyAdd {
   ADAPTER_EXT_HOST_DEVICE static Vector<C> round(Vector<C> values) { return values; }
   // Elements i and on of a left operand's row.
   template <class Extent>
-  ADAPTER_EXT_HOST_DEVICE static Vector<C> element(const C* row, int64_t i, Extent extent) {
-    return cpu::load<C>(row + i, extent);
-  }
-  template <class Extent>
   ADAPTER_EXT_HOST_DEVICE static void store(C* row, int64_t i, Vector<C> values, Extent extent) {
     cpu::store<C>(row + i, values, extent);
   }
@@ -95,10 +91,6 @@ struct PairDot {
   ADAPTER_EXT_HOST_DEVICE static V round(V values) {
     const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(values));
     return bit_cast<V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(narrow)), 16));
-  }
-  template <class Extent>
-  ADAPTER_EXT_HOST_DEVICE static V element(const float* row, int64_t i, Extent extent) {
-    return cpu::load<float>(reinterpret_cast<const BFloat16*>(row) + i, extent);
   }
   template <class Extent>
   ADAPTER_EXT_HOST_DEVICE static void store(float* row, int64_t i, V values, Extent extent) {
@@ -219,8 +211,9 @@ struct RightOperand {
   int64_t k_stride;
 };
 
+// One tile; asks for the panel behind b's beforehand, whose rows may lie far apart in memory.
 template <class C, class Product, int rows, int vectors>
-static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, C* out,
+static void tile(int64_t k_count, LeftOperand<C> left, const C* b, RightOperand<C> right, C* out,
                  int64_t out_row, bool accumulate) {
   using V = Vector<C>;
   V sum[rows][vectors] = {};
@@ -229,16 +222,19 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, 
   constexpr int group = 3;
   const C* a[(rows + group - 1) / group];
   for (int i = 0; i * group < rows; ++i) a[i] = left.data + i * group * left.row_stride;
-  for (int64_t k = 0; k < k_count; ++k, b += b_k) {
-    V right[vectors];
+  for (int64_t k = 0; k < k_count; ++k, b += right.k_stride) {
+    V panel[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
+    for (int v = 0; v < vectors; ++v) {
+      panel[v] = load<C>(b + v * kLanes<C>);
+      __builtin_prefetch(b + right.panel_stride + v * kLanes<C>);
+    }
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
       const V value = Product::splat(a[row / group] + row % group * left.row_stride);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        sum[row][v] = Product::add(sum[row][v], value, right[v]);
+        sum[row][v] = Product::add(sum[row][v], value, panel[v]);
       }
     }
 #pragma GCC unroll 4
@@ -256,13 +252,13 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, 
 
 template <class C, class Product, int vectors, int rows = kTileRows>
 ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, LeftOperand<C> left,
-                                          const C* b, int64_t b_k, C* out, int64_t out_row,
-                                          bool accumulate) {
+                                          const C* b, RightOperand<C> right, C* out,
+                                          int64_t out_row, bool accumulate) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, Product, rows, vectors>(k_count, left, b, b_k, out, out_row, accumulate);
+      tile<C, Product, rows, vectors>(k_count, left, b, right, out, out_row, accumulate);
     } else {
-      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, out, out_row,
+      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, right, out, out_row,
                                                   accumulate);
     }
   }
@@ -355,7 +351,7 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand
         C* to = out + row * out_row + column;
         const auto run =
             narrow ? tile_of_rows<C, Product, 1> : tile_of_rows<C, Product, kPanelVectors>;
-        run(count, block, left.from(row, k), b, right.k_stride, to, out_row, accumulate || k > 0);
+        run(count, block, left.from(row, k), b, right, to, out_row, accumulate || k > 0);
       }
     }
   }
