@@ -55,6 +55,12 @@ class RowMatrix {
     return {row(segment, first), stride_, 1};
   }
 
+  // The rows from the first on, as k of a right operand.
+  RightOperand<C> right(const Segment& segment, int64_t first) const {
+    static_assert(!kPairs);
+    return {row(segment, first), kPanel<C>, stride_};
+  }
+
   // The transpose of the kRows rows from the first on.
   LeftOperand<C> transposed(const Segment& segment, int64_t first) const {
     if constexpr (!kPairs) {
@@ -452,7 +458,7 @@ class ColumnPass {
       if (problem.hidden_stride <= kMostColumns && enough) columns = kWide * kColumns;
     }
     int64_t width(const Segment& segment) const {
-      return segment.rows <= kRows / 4 ? kMostColumns : columns;
+      return segment.rows <= (kPairs ? kRows / 4 : kRows) ? kMostColumns : columns;
     }
     int64_t count(const Segment& segment) const {
       return (hidden_size + width(segment) - 1) / width(segment);
@@ -470,10 +476,10 @@ class ColumnPass {
         width_(problem.hidden_size) {
     const int64_t r = padded<C>(p_.hidden_stride);  // a multiple of every register tile's rows
     const int64_t weights = Weights::size(p_.hidden_stride, kMostColumns);
-    const int64_t operand = steps<Product>(kRows) * kWide * kColumns;
+    const int64_t operand = steps<Product>(kRows) * kMostColumns;
     Scratch scratch(1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * kMostColumns) +
                            2 * Scratch::bytes<C>(operand) +
-                           2 * Scratch::bytes<C>(kRows * kWide * kColumns) +
+                           2 * Scratch::bytes<C>(kRows * kMostColumns) +
                            6 * Scratch::bytes<C>(kMostColumns));
     packed_down_ = scratch.take<C>(weights);
     packed_up_ = scratch.take<C>(weights);
@@ -481,8 +487,8 @@ class ColumnPass {
     up_sum_ = scratch.take<C>(r * kMostColumns);
     x_ = scratch.take<C>(operand);
     gradient_ = scratch.take<C>(operand);
-    out_ = scratch.take<C>(kRows * kWide * kColumns);
-    product_ = scratch.take<C>(kRows * kWide * kColumns);
+    out_ = scratch.take<C>(kRows * kMostColumns);
+    product_ = scratch.take<C>(kRows * kMostColumns);
     norm_weight_ = scratch.take<C>(kMostColumns);
     norm_bias_ = scratch.take<C>(kMostColumns);
     norm_weight_sum_ = scratch.take<C>(kMostColumns);
@@ -525,6 +531,10 @@ class ColumnPass {
     const int64_t r = view_.bottleneck, columns = std::min(stride_, width_ - column);
     const bool wants_out = !pre_ || of_output.penalized();
     const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
+    const AdapterGradients& gradients = p_.gradients[segment.adapter];
+    const Sums down_sum =
+        sums(segment, gradients.down, column, width_, columns, down_sum_, stride_);
+    const Sums up_sum = sums(segment, gradients.up, column * r, r, r, up_sum_, padded<C>(r));
     const auto shifted = [&](const void* matrix, int64_t elements) {
       const int64_t size = p_.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
       return static_cast<const void*>(static_cast<const char*>(matrix) + elements * size);
@@ -551,15 +561,21 @@ class ColumnPass {
         }
         load_gradient(segment, first, count, column, columns, of_output);
       }
-      if (wanted.up_sum) {  // d_upᵀ [r, columns] += zᵀ du
-        multiply<C, Product>(r, columns, row_steps, results_.activated.transposed(segment, first),
-                             {gradient_, kPanel<C>, stride_}, up_sum_, stride_, first > 0);
+      if (wanted.up_sum) {
+        if constexpr (kPairs) {  // d_upᵀ [r, columns] += zᵀ du
+          multiply<C, Product>(r, columns, row_steps, results_.activated.transposed(segment, first),
+                               {gradient_, kPanel<C>, stride_}, up_sum_, stride_, first > 0);
+        } else {  // d_up [columns, r] += duᵀ z
+          multiply<C>(columns, r, count, {gradient_, 1, stride_},
+                      results_.activated.right(segment, first), up_sum.data, up_sum.stride,
+                      first > 0);
+        }
       }
       if (wanted.down_sum) {  // d_down [r, columns] += dhᵀ n
         load_x(segment, first, count, column, columns);
         multiply<C, Product>(r, columns, row_steps,
                              results_.hidden_gradient.transposed(segment, first),
-                             {x_, kPanel<C>, stride_}, down_sum_, stride_, first > 0);
+                             {x_, kPanel<C>, stride_}, down_sum.data, down_sum.stride, first > 0);
       }
       if (wanted.normalized_gradient) {
         down_.multiply(count, 0, r, 0, columns, results_.hidden_gradient.rows(segment, first),
@@ -567,12 +583,27 @@ class ColumnPass {
         finish_rows(segment, first, count, column, columns, pre_ && wanted.norm);
       }
     }
-    const AdapterGradients& gradients = p_.gradients[segment.adapter];
     if (p_.weight_type == DataType::kFloat32) {
-      write<float>(gradients, r, column, columns);
+      write<float>(gradients, down_sum, up_sum, r, column, columns);
     } else {
-      write<X>(gradients, r, column, columns);
+      write<X>(gradients, down_sum, up_sum, r, column, columns);
     }
+  }
+
+  // Where a weight's gradient is summed: in its own memory if that is a matter of one product and
+  // of whole vectors of its type, else in scratch.
+  struct Sums {
+    C* data;
+    int64_t stride;
+    bool in_place;
+  };
+  Sums sums(const Segment& segment, void* gradient, int64_t first, int64_t stride, int64_t columns,
+            C* scratch, int64_t scratch_stride) const {
+    const bool converts = (p_.weight_type == DataType::kFloat32) != std::is_same_v<C, float>;
+    if (!gradient || segment.rows > kRows || converts || columns % kLanes<C> != 0) {
+      return {scratch, scratch_stride, false};
+    }
+    return {static_cast<C*>(gradient) + first, stride, true};
   }
 
   int64_t row(const Segment& segment, int64_t i) const {
@@ -723,34 +754,46 @@ class ColumnPass {
   }
 
   template <class W>
-  void write(const AdapterGradients& gradients, int64_t r, int64_t column,
-             int64_t columns) {
-    if (gradients.up) write_up(static_cast<W*>(gradients.up) + column * r, r, columns);
-    for (int64_t j = 0; gradients.down && j < r; ++j) {
-      W* down = static_cast<W*>(gradients.down) + j * width_ + column;
-      const C* sum = down_sum_ + j * stride_;
-      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-        store<C>(down + c, load<C>(sum + c, extent), extent);
-      });
+  void write(const AdapterGradients& gradients, const Sums& down_sum, const Sums& up_sum, int64_t r,
+             int64_t column, int64_t columns) const {
+    if (gradients.down && !down_sum.in_place) {
+      write_rows(down_sum.data, down_sum.stride, r, columns,
+                 static_cast<W*>(gradients.down) + column, width_);
     }
-    W* norm_weight = static_cast<W*>(gradients.norm_weight);
-    W* norm_bias = static_cast<W*>(gradients.norm_bias);
-    for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-      if (norm_weight) store<C>(norm_weight + column + c, load<C>(norm_weight_sum_ + c), extent);
-      if (norm_bias) store<C>(norm_bias + column + c, load<C>(norm_bias_sum_ + c), extent);
-    });
+    if (gradients.up && !up_sum.in_place) {
+      W* up = static_cast<W*>(gradients.up) + column * r;
+      if constexpr (kPairs) {
+        write_transposed(up_sum.data, r, columns, up);
+      } else {
+        write_rows(up_sum.data, up_sum.stride, columns, r, up, r);
+      }
+    }
+    const auto write_norm = [&](const C* sum, void* gradient) {
+      if (gradient) write_rows(sum, 0, 1, columns, static_cast<W*>(gradient) + column, 0);
+    };
+    write_norm(norm_weight_sum_, gradients.norm_weight);
+    write_norm(norm_bias_sum_, gradients.norm_bias);
   }
 
-  // The transpose of up_sum_.
   template <class W>
-  void write_up(W* up, int64_t r, int64_t columns) const {
+  static void write_rows(const C* from, int64_t from_stride, int64_t rows, int64_t columns, W* to,
+                         int64_t to_stride) {
+    for (int64_t i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
+      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+        store<C>(to + c, load<C>(from + c, extent), extent);
+      });
+    }
+  }
+
+  template <class W>
+  void write_transposed(const C* from, int64_t r, int64_t columns, W* up) const {
     constexpr int lanes = kLanes<C>;
     for (int64_t c = 0; c < columns; c += lanes) {
       const int64_t rows = std::min<int64_t>(lanes, columns - c);
       for_each_vector<C>(r, [&](int64_t j, auto extent) {
         Vector<C> square[lanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = load<C>(up_sum_ + (j + i) * stride_ + c);
+        for (int i = 0; i < lanes; ++i) square[i] = load<C>(from + (j + i) * stride_ + c);
         transpose<C>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {

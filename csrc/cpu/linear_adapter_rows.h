@@ -150,7 +150,7 @@ class WeightOperand {
   // out [rows, columns] (+)= left [rows, k_count] times the part of the matrix that starts at row
   // first_k and column first_column (multiples of kBlockK and of the panel width).
   void multiply(int64_t rows, int64_t first_k, int64_t k_count, int64_t first_column,
-                int64_t columns, LeftOperand<C> left, C* out, int64_t out_row,
+                int64_t columns, const LeftOperand<C>& left, C* out, int64_t out_row,
                 bool accumulate) const {
     if (mode_ == kWhole) {
       const int64_t panel_stride = steps<Product>(k_count_) * kPanel<C>;

@@ -189,7 +189,9 @@ ADAPTER_EXT_HOST_DEVICE void pad_row(C* row, int64_t count) {
   }
 }
 
-// A left operand: element (row, k) is data[row * row_stride + k * k_stride].
+// A left operand: element (row, k) is data[row * row_stride + k * k_stride]. Operands are passed by
+// reference: a copy on the stack is read by wider loads than it was stored by, which wait until all
+// stores before are done, those of the tile before to slow memory among them.
 template <class C>
 struct LeftOperand {
   const C* data;
@@ -211,10 +213,10 @@ struct RightOperand {
   int64_t k_stride;
 };
 
-// One tile; asks for the panel behind b's beforehand, whose rows may lie far apart in memory.
+// Asks for what lies `ahead` of the right operand's rows beforehand.
 template <class C, class Product, int rows, int vectors>
-static void tile(int64_t k_count, LeftOperand<C> left, const C* b, RightOperand<C> right, C* out,
-                 int64_t out_row, bool accumulate) {
+static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k,
+                 int64_t ahead, C* out, int64_t out_row, bool accumulate) {
   using V = Vector<C>;
   V sum[rows][vectors] = {};
   // A pointer for every third row: with one for all, the rows' offsets take more registers than
@@ -222,19 +224,19 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, RightOperand<
   constexpr int group = 3;
   const C* a[(rows + group - 1) / group];
   for (int i = 0; i * group < rows; ++i) a[i] = left.data + i * group * left.row_stride;
-  for (int64_t k = 0; k < k_count; ++k, b += right.k_stride) {
-    V panel[vectors];
+  for (int64_t k = 0; k < k_count; ++k, b += b_k) {
+    V right[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      panel[v] = load<C>(b + v * kLanes<C>);
-      __builtin_prefetch(b + right.panel_stride + v * kLanes<C>);
+      right[v] = load<C>(b + v * kLanes<C>);
+      __builtin_prefetch(b + ahead + v * kLanes<C>);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
       const V value = Product::splat(a[row / group] + row % group * left.row_stride);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        sum[row][v] = Product::add(sum[row][v], value, panel[v]);
+        sum[row][v] = Product::add(sum[row][v], value, right[v]);
       }
     }
 #pragma GCC unroll 4
@@ -251,15 +253,15 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, RightOperand<
 }
 
 template <class C, class Product, int vectors, int rows = kTileRows>
-ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, LeftOperand<C> left,
-                                          const C* b, RightOperand<C> right, C* out,
-                                          int64_t out_row, bool accumulate) {
+ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
+                                          const LeftOperand<C>& left, const C* b, int64_t b_k,
+                                          int64_t ahead, C* out, int64_t out_row, bool accumulate) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, Product, rows, vectors>(k_count, left, b, right, out, out_row, accumulate);
+      tile<C, Product, rows, vectors>(k_count, left, b, b_k, ahead, out, out_row, accumulate);
     } else {
-      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, right, out, out_row,
-                                                  accumulate);
+      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, ahead, out,
+                                                  out_row, accumulate);
     }
   }
 }
@@ -267,8 +269,8 @@ ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, Le
 #if defined(__AMX_BF16__)
 // Row tiles by column tiles of a product.
 template <int row_tiles, int column_tiles>
-static void tiles(int64_t k_count, LeftOperand<float> left, const float* b, int64_t b_k, float* out,
-                  int64_t out_row, bool accumulate) {
+static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* b, int64_t b_k,
+                  float* out, int64_t out_row, bool accumulate) {
   constexpr int tile = TileDot::kTile;
   const int64_t left_bytes = left.row_stride * 4, right_bytes = b_k * 4, out_bytes = out_row * 4;
   float* const right_out = out + tile;
@@ -309,7 +311,7 @@ static void tiles(int64_t k_count, LeftOperand<float> left, const float* b, int6
 
 // multiply() below, with tile registers; k is contiguous in the left operand.
 static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<float> left,
-                           RightOperand<float> right, float* out, int64_t out_row,
+                           const RightOperand<float>& right, float* out, int64_t out_row,
                            bool accumulate) {
   constexpr int tile = TileDot::kTile;
   left.data = TileDot::order_memory(left.data);
@@ -330,8 +332,8 @@ static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftO
 // of `out` are out_row elements apart and padded to whole panels; the padding gets the product with
 // the padding of `right`.
 template <class C, class Product = MultiplyAdd<C>>
-static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<C> left,
-                     RightOperand<C> right, C* out, int64_t out_row, bool accumulate) {
+static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftOperand<C>& left,
+                     const RightOperand<C>& right, C* out, int64_t out_row, bool accumulate) {
   if constexpr (Product::kStepGroup > 1) {
     return multiply_tiles(rows, columns, k_count, left, right, out, out_row, accumulate);
   }
@@ -346,12 +348,16 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand
     for (int64_t column = 0, panel = 0; column < columns; column += kPanel<C>, ++panel) {
       const C* b = right.data + panel * right.panel_stride + k * right.k_stride;
       const bool narrow = columns - column <= kLanes<C>;
+      // The hardware does not see where the next panel is if its rows lie far apart.
+      const bool apart = right.k_stride > kPanel<C> && columns - column > kPanel<C>;
+      const int64_t ahead = apart ? right.panel_stride : 0;
       for (int64_t row = 0; row < rows; row += kTileRows) {
         const int64_t count = std::min<int64_t>(kTileRows, rows - row);
         C* to = out + row * out_row + column;
         const auto run =
             narrow ? tile_of_rows<C, Product, 1> : tile_of_rows<C, Product, kPanelVectors>;
-        run(count, block, left.from(row, k), b, right, to, out_row, accumulate || k > 0);
+        run(count, block, left.from(row, k), b, right.k_stride, ahead, to, out_row,
+            accumulate || k > 0);
       }
     }
   }
