@@ -219,6 +219,11 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
                  int64_t ahead, C* out, int64_t out_row, bool accumulate) {
   using V = Vector<C>;
   V sum[rows][vectors] = {};
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(out + row * out_row + v * kLanes<C>, 1);
+  }
   // A pointer for every third row: with one for all, the rows' offsets take more registers than
   // there are.
   constexpr int group = 3;
