@@ -140,6 +140,7 @@ class WeightOperand {
     weights_ = weights;
     stride_ = stride;
     k_count_ = k_count;
+    columns_ = columns;
     transposed_ = transposed;
     memory_ = memory;
     const bool stored = rows == 1 && !rounds_operands(problem) && (transposed || !kPairs);
@@ -222,14 +223,15 @@ class WeightOperand {
       if (!transposed_) {
         return pack_same_order<C, Product>(part, stride_, k_count, columns, memory_);
       }
-      pack_transposed<C, Product>(part, stride_, k_count, columns, memory_);
+      pack_transposed<C, Product>(part, stride_, k_count, columns,
+                                  columns_ - first_column - columns, memory_);
     });
     if constexpr (!kPairs) round_operand(*problem_, memory_, size(k_count, columns));
   }
 
   const LinearAdapterProblem* problem_;
   const void* weights_;
-  int64_t stride_, k_count_;
+  int64_t stride_, k_count_, columns_;
   bool transposed_;
   Mode mode_;
   C* memory_;

@@ -444,9 +444,11 @@ ADAPTER_EXT_HOST_DEVICE void transpose(Vector<C> (&v)[kLanes<C>]) {
 }
 
 // Packs the transpose: from [columns, elements of k], rows `stride` apart, to steps of the product.
+// Asks for the next panel beforehand, since a row's part of one is too short for the hardware to
+// see where it goes on; so many columns follow those that are packed.
 template <class C, class Product = MultiplyAdd<C>, class W>
 static void pack_transposed(const W* from, int64_t stride, int64_t elements, int64_t columns,
-                            C* to) {
+                            int64_t following, C* to) {
   constexpr int lanes = kLanes<C>;
   const int64_t k_count = steps<Product>(elements);
   for (int64_t column = 0; column < columns; column += kPanel<C>, to += k_count * kPanel<C>) {
@@ -457,7 +459,15 @@ static void pack_transposed(const W* from, int64_t stride, int64_t elements, int
         continue;
       }
       const W* source = from + (column + part) * stride;
+      const bool prefetch = column + 2 * kPanel<C> <= columns + following;
       for_each_vector<C>(k_count, [&](int64_t k, auto extent) {
+        if (prefetch) {
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) {
+            const W* next = source + (kPanel<C> + i) * stride + k * Product::kElements;
+            __builtin_prefetch(next, 0, 2);
+          }
+        }
         Vector<C> square[lanes] = {};
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
