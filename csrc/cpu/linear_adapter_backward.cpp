@@ -262,17 +262,31 @@ class RowPass {
     }
     if (pre_ && wants_hidden_) {
       with_weights<X>(p_.weight_type, view_.down, [&](const auto* down) {
-        for (int64_t j = 0; j < r; ++j) {
-          Vector<C> weight_sum = {}, bias_sum = {};
-          for_each_vector<C>(width_, [&](int64_t c, auto extent) {
-            const Vector<C> w = load<C>(down + j * view_.down_stride + c, extent);
-            weight_sum += w * load<C>(norm_weight_ + c, extent);
-            bias_sum += w * load<C>(norm_bias_ + c, extent);
-          });
-          down_weight_[j] = horizontal_sum<C>(weight_sum);
-          down_bias_[j] = horizontal_sum<C>(bias_sum);
-        }
+        constexpr int together = 4;  // rows of down: sums that do not wait for each other
+        int64_t j = 0;
+        for (; j + together <= r; j += together) sum_down<together>(down, j);
+        for (; j < r; ++j) sum_down<1>(down, j);
       });
+    }
+  }
+
+  // c1 and c0 for some rows of down.
+  template <int rows, class W>
+  void sum_down(const W* down, int64_t first) {
+    Vector<C> weight_sum[rows] = {}, bias_sum[rows] = {};
+    for_each_vector<C>(width_, [&](int64_t c, auto extent) {
+      const Vector<C> weight = load<C>(norm_weight_ + c, extent);
+      const Vector<C> bias = load<C>(norm_bias_ + c, extent);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        const Vector<C> w = load<C>(down + (first + i) * view_.down_stride + c, extent);
+        weight_sum[i] += w * weight;
+        bias_sum[i] += w * bias;
+      }
+    });
+    for (int i = 0; i < rows; ++i) {
+      down_weight_[first + i] = horizontal_sum<C>(weight_sum[i]);
+      down_bias_[first + i] = horizontal_sum<C>(bias_sum[i]);
     }
   }
 
