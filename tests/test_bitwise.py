@@ -62,6 +62,20 @@ def test_threads_and_repeats(
         assert_same_bits(call.results(), expected)
 
 
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 40], ids="rows={}".format)
+def test_threads_that_share_the_columns(
+    rows: int, dtype: torch.dtype, set_num_threads: Callable[[int], None]
+) -> None:
+    """Few rows of one large adapter, where threads share the columns and not the rows."""
+    call = Case(shape=(rows, 2050), bottlenecks=(130,), routing="none", dtype=dtype).build()
+    set_num_threads(1)
+    expected = call.results()
+    for threads in (2, 3):
+        set_num_threads(threads)
+        assert_same_bits(call.results(), expected)
+
+
 def rows_alone_and_together(
     x: Tensor, dy: Tensor, ids: Tensor, weights: AdapterWeights, norm_position: str
 ) -> tuple[Tensor, Tensor]:

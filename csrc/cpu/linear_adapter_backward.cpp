@@ -4,8 +4,7 @@
 //
 // As in adapter_ext/reference.py: h = down n, z = act(h), o = up z; a leading d is a gradient. The
 // norm's row sums need no pass over D: mean(dx̂) = (dh·c1)/D and mean(dx̂ ⊙ x̂) = (dh·(h - c0))/D
-// with c1 = down γ, c0 = down β. With dn = dh down: dγ = Σ dn ⊙ x̂, dβ = Σ dn, and
-// d_down = γ ⊙ (dhᵀ x̂) + (Σ dh) ⊗ β.
+// with c1 = down γ, c0 = down β. With dn = dh down: dγ = Σ dn ⊙ x̂, dβ = Σ dn.
 
 #include <cstdlib>
 #include <cstring>
@@ -54,6 +53,12 @@ class RowMatrix {
   }
   LeftOperand<C> rows(const Segment& segment, int64_t first) const {
     return {row(segment, first), stride_, 1};
+  }
+
+  // The rows from the first on, as k of a right operand.
+  RightOperand<C> right(const Segment& segment, int64_t first) const {
+    static_assert(!kPairs);
+    return {row(segment, first), kPanel<C>, stride_};
   }
 
   // The transpose of the kRows rows from the first on.
@@ -138,15 +143,15 @@ struct RowResults {
 
 // What one adapter's gradients ask for.
 struct Wanted {
-  bool hidden_gradient, input_gradient, down_sum, up_sum, norm;
+  bool hidden_gradient, normalized_gradient, down_sum, up_sum, norm;
 
   Wanted(const LinearAdapterBackward& p, int64_t adapter, bool pre) {
     const AdapterGradients& g = p.gradients[adapter];
     norm = g.norm_weight || g.norm_bias;
-    down_sum = g.down || (pre && norm);
+    down_sum = g.down != nullptr;
     up_sum = g.up != nullptr;
-    input_gradient = p.grad_x != nullptr;
-    hidden_gradient = input_gradient || down_sum;
+    normalized_gradient = p.grad_x || (pre && norm);
+    hidden_gradient = normalized_gradient || down_sum;
   }
   bool anything() const { return hidden_gradient || up_sum || norm; }
 };
@@ -257,17 +262,31 @@ class RowPass {
     }
     if (pre_ && wants_hidden_) {
       with_weights<X>(p_.weight_type, view_.down, [&](const auto* down) {
-        for (int64_t j = 0; j < r; ++j) {
-          Vector<C> weight_sum = {}, bias_sum = {};
-          for_each_vector<C>(width_, [&](int64_t c, auto extent) {
-            const Vector<C> w = load<C>(down + j * view_.down_stride + c, extent);
-            weight_sum += w * load<C>(norm_weight_ + c, extent);
-            bias_sum += w * load<C>(norm_bias_ + c, extent);
-          });
-          down_weight_[j] = horizontal_sum<C>(weight_sum);
-          down_bias_[j] = horizontal_sum<C>(bias_sum);
-        }
+        constexpr int together = 4;  // rows of down: sums that do not wait for each other
+        int64_t j = 0;
+        for (; j + together <= r; j += together) sum_down<together>(down, j);
+        for (; j < r; ++j) sum_down<1>(down, j);
       });
+    }
+  }
+
+  // c1 and c0 for some rows of down.
+  template <int rows, class W>
+  void sum_down(const W* down, int64_t first) {
+    Vector<C> weight_sum[rows] = {}, bias_sum[rows] = {};
+    for_each_vector<C>(width_, [&](int64_t c, auto extent) {
+      const Vector<C> weight = load<C>(norm_weight_ + c, extent);
+      const Vector<C> bias = load<C>(norm_bias_ + c, extent);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        const Vector<C> w = load<C>(down + (first + i) * view_.down_stride + c, extent);
+        weight_sum[i] += w * weight;
+        bias_sum[i] += w * bias;
+      }
+    });
+    for (int i = 0; i < rows; ++i) {
+      down_weight_[first + i] = horizontal_sum<C>(weight_sum[i]);
+      down_bias_[first + i] = horizontal_sum<C>(bias_sum[i]);
     }
   }
 
@@ -453,7 +472,7 @@ class ColumnPass {
       if (problem.hidden_stride <= kMostColumns && enough) columns = kWide * kColumns;
     }
     int64_t width(const Segment& segment) const {
-      return segment.rows <= kRows / 4 ? kMostColumns : columns;
+      return segment.rows <= (kPairs ? kRows / 4 : kRows) ? kMostColumns : columns;
     }
     int64_t count(const Segment& segment) const {
       return (hidden_size + width(segment) - 1) / width(segment);
@@ -471,25 +490,23 @@ class ColumnPass {
         width_(problem.hidden_size) {
     const int64_t r = padded<C>(p_.hidden_stride);  // a multiple of every register tile's rows
     const int64_t weights = Weights::size(p_.hidden_stride, kMostColumns);
-    const int64_t operand = steps<Product>(kRows) * kWide * kColumns;
+    const int64_t operand = steps<Product>(kRows) * kMostColumns;
     Scratch scratch(1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * kMostColumns) +
-                           Scratch::bytes<C>(r) + 2 * Scratch::bytes<C>(operand) +
-                           2 * Scratch::bytes<C>(kRows * kWide * kColumns) +
-                           7 * Scratch::bytes<C>(kMostColumns));
+                           2 * Scratch::bytes<C>(operand) +
+                           2 * Scratch::bytes<C>(kRows * kMostColumns) +
+                           6 * Scratch::bytes<C>(kMostColumns));
     packed_down_ = scratch.take<C>(weights);
     packed_up_ = scratch.take<C>(weights);
     down_sum_ = scratch.take<C>(r * kMostColumns);
     up_sum_ = scratch.take<C>(r * kMostColumns);
-    hidden_sum_ = scratch.take<C>(r);
     x_ = scratch.take<C>(operand);
     gradient_ = scratch.take<C>(operand);
-    out_ = scratch.take<C>(kRows * kWide * kColumns);
-    product_ = scratch.take<C>(kRows * kWide * kColumns);
+    out_ = scratch.take<C>(kRows * kMostColumns);
+    product_ = scratch.take<C>(kRows * kMostColumns);
     norm_weight_ = scratch.take<C>(kMostColumns);
     norm_bias_ = scratch.take<C>(kMostColumns);
     norm_weight_sum_ = scratch.take<C>(kMostColumns);
     norm_bias_sum_ = scratch.take<C>(kMostColumns);
-    down_row_ = scratch.take<C>(kMostColumns);
     for (C*& mask : masks_) mask = scratch.take<C>(kMostColumns);
   }
 
@@ -528,13 +545,17 @@ class ColumnPass {
     const int64_t r = view_.bottleneck, columns = std::min(stride_, width_ - column);
     const bool wants_out = !pre_ || of_output.penalized();
     const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
+    const AdapterGradients& gradients = p_.gradients[segment.adapter];
+    const Sums down_sum =
+        sums(segment, gradients.down, column, width_, columns, down_sum_, stride_);
+    const Sums up_sum = sums(segment, gradients.up, column * r, r, r, up_sum_, padded<C>(r));
     const auto shifted = [&](const void* matrix, int64_t elements) {
       const int64_t size = p_.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
       return static_cast<const void*>(static_cast<const char*>(matrix) + elements * size);
     };
     unpack_vector<X>(p_.weight_type, shifted(view_.norm_weight, column), columns, norm_weight_);
     unpack_vector<X>(p_.weight_type, shifted(view_.norm_bias, column), columns, norm_bias_);
-    if (wanted.input_gradient) {
+    if (wanted.normalized_gradient) {
       down_.prepare(p_, shifted(view_.down, column), view_.down_stride, r, columns, false,
                     segment.rows, packed_down_);
     }
@@ -542,7 +563,6 @@ class ColumnPass {
       up_.prepare(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
                   true, segment.rows, packed_up_);
     }
-    if (pre_ && wanted.down_sum && summed_ != &segment) sum_hidden_gradient(segment);
     std::fill(norm_weight_sum_, norm_weight_sum_ + stride_, C(0));
     std::fill(norm_bias_sum_, norm_bias_sum_ + stride_, C(0));
     for (int64_t first = 0; first < segment.rows; first += kRows) {
@@ -555,28 +575,49 @@ class ColumnPass {
         }
         load_gradient(segment, first, count, column, columns, of_output);
       }
-      if (wanted.up_sum) {  // d_upᵀ [r, columns] += zᵀ du
-        multiply<C, Product>(r, columns, row_steps, results_.activated.transposed(segment, first),
-                             {gradient_, kPanel<C>, stride_}, up_sum_, stride_, first > 0);
+      if (wanted.up_sum) {
+        if constexpr (kPairs) {  // d_upᵀ [r, columns] += zᵀ du
+          multiply<C, Product>(r, columns, row_steps, results_.activated.transposed(segment, first),
+                               {gradient_, kPanel<C>, stride_}, up_sum_, stride_, first > 0);
+        } else {  // d_up [columns, r] += duᵀ z
+          multiply<C>(columns, r, count, {gradient_, 1, stride_},
+                      results_.activated.right(segment, first), up_sum.data, up_sum.stride,
+                      first > 0);
+        }
       }
-      if (wanted.down_sum) {  // M [r, columns] += dhᵀ x̂
+      if (wanted.down_sum) {  // d_down [r, columns] += dhᵀ n
         load_x(segment, first, count, column, columns);
         multiply<C, Product>(r, columns, row_steps,
                              results_.hidden_gradient.transposed(segment, first),
-                             {x_, kPanel<C>, stride_}, down_sum_, stride_, first > 0);
+                             {x_, kPanel<C>, stride_}, down_sum.data, down_sum.stride, first > 0);
       }
-      if (wanted.input_gradient) {
+      if (wanted.normalized_gradient) {
         down_.multiply(count, 0, r, 0, columns, results_.hidden_gradient.rows(segment, first),
                        product_, stride_, false);
-        store_grad_x(segment, first, count, column, columns);
+        finish_rows(segment, first, count, column, columns, pre_ && wanted.norm);
       }
     }
-    const AdapterGradients& gradients = p_.gradients[segment.adapter];
     if (p_.weight_type == DataType::kFloat32) {
-      write<float>(gradients, wanted, r, column, columns);
+      write<float>(gradients, down_sum, up_sum, r, column, columns);
     } else {
-      write<X>(gradients, wanted, r, column, columns);
+      write<X>(gradients, down_sum, up_sum, r, column, columns);
     }
+  }
+
+  // Where a weight's gradient is summed: in its own memory if that is a matter of one product and
+  // of whole vectors of its type, else in scratch.
+  struct Sums {
+    C* data;
+    int64_t stride;
+    bool in_place;
+  };
+  Sums sums(const Segment& segment, void* gradient, int64_t first, int64_t stride, int64_t columns,
+            C* scratch, int64_t scratch_stride) const {
+    const bool converts = (p_.weight_type == DataType::kFloat32) != std::is_same_v<C, float>;
+    if (!gradient || segment.rows > kRows || converts || columns % kLanes<C> != 0) {
+      return {scratch, scratch_stride, false};
+    }
+    return {static_cast<C*>(gradient) + first, stride, true};
   }
 
   int64_t row(const Segment& segment, int64_t i) const {
@@ -617,7 +658,7 @@ class ColumnPass {
     }
   }
 
-  // x̂ (pre) or x (post).
+  // n = LN(x) (pre) or x (post).
   void load_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
               int64_t columns) {
     load_right(count, columns, x_, [&](int64_t i) {
@@ -626,7 +667,12 @@ class ColumnPass {
       prefetch_row(segment, first + i, p_.x, column, columns);
       const Vector<C> mean = splat<C>(pre_ ? static_cast<const C*>(p_.mean)[at] : C(0));
       const Vector<C> rstd = splat<C>(pre_ ? static_cast<const C*>(p_.rstd)[at] : C(1));
-      return [=](int64_t c, auto extent) { return (load<C>(from + c, extent) - mean) * rstd; };
+      return [=, this](int64_t c, auto extent) {
+        const Vector<C> v = load<C>(from + c, extent);
+        if (!pre_) return v;
+        return (v - mean) * rstd * load<C>(norm_weight_ + c, extent) +
+               load<C>(norm_bias_ + c, extent);
+      };
     });
   }
 
@@ -688,40 +734,33 @@ class ColumnPass {
     }
   }
 
-  // Σ dh over a segment's rows.
-  void sum_hidden_gradient(const Segment& segment) {
-    const int64_t r = view_.bottleneck;
-    std::fill(hidden_sum_, hidden_sum_ + r, C(0));
-    for (int64_t i = 0; i < segment.rows; ++i) {
-      const C* dh = results_.hidden_gradient.row(segment, i);
-      for_each_vector<C>(r, [&](int64_t j, auto extent) {
-        const Vector<C> sum = load<C>(hidden_sum_ + j, extent);
-        store<C>(hidden_sum_ + j, sum + Product::element(dh, j, extent), extent);
-      });
-    }
-    summed_ = &segment;
-  }
-
-  void store_grad_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
-                    int64_t columns) {
+  // From dn (post: dx without the residual) the gradients of x and of the pre norm.
+  void finish_rows(const Segment& segment, int64_t first, int64_t count, int64_t column,
+                   int64_t columns, bool norm) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = row(segment, first + i);
       const X* x = static_cast<const X*>(p_.x) + at * width_ + column;
       const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
-      X* to = static_cast<X*>(p_.grad_x) + at * width_ + column;
-      prefetch_row<true>(segment, first + i, p_.grad_x, column, columns);
+      X* to = p_.grad_x ? static_cast<X*>(p_.grad_x) + at * width_ + column : nullptr;
+      if (to) prefetch_row<true>(segment, first + i, p_.grad_x, column, columns);
       const C* sums = results_.sums.get() + 2 * (segment.first_position + first + i);
       const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
       const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
       const Vector<C> sum = splat<C>(sums[0]), product_sum = splat<C>(sums[1]);
       const C *product = product_ + i * stride_, *weight = norm_weight_;
+      C *weight_sum = norm_weight_sum_, *bias_sum = norm_bias_sum_;
       const bool pre = pre_, residual = p_.residual;
       for_each_vector<C>(columns, [&](int64_t c, auto extent) {
         Vector<C> d = load<C>(product + c, extent);
         if (pre) {
           const Vector<C> normalized = (load<C>(x + c, extent) - mean) * rstd;
+          if (norm) {
+            store<C>(weight_sum + c, load<C>(weight_sum + c) + d * normalized);
+            store<C>(bias_sum + c, load<C>(bias_sum + c) + d);
+          }
           d = rstd * (d * load<C>(weight + c, extent) - sum - normalized * product_sum);
         }
+        if (!to) return;
         if (residual) d += load<C>(grad_y + c, extent);
         store<C>(to + c, d, extent);
       });
@@ -729,40 +768,46 @@ class ColumnPass {
   }
 
   template <class W>
-  void write(const AdapterGradients& gradients, const Wanted& wanted, int64_t r, int64_t column,
-             int64_t columns) {
-    if (gradients.up) write_up(static_cast<W*>(gradients.up) + column * r, r, columns);
-    W* down = static_cast<W*>(gradients.down) + column;
-    for (int64_t j = 0; wanted.down_sum && j < r; ++j) {
-      C* sum = down_sum_ + j * stride_;
-      if (pre_ && wanted.norm) add_norm_gradient<W>(j, column, columns);
-      for_each_vector<C>(gradients.down ? columns : 0, [&](int64_t c, auto extent) {
-        Vector<C> d = load<C>(sum + c, extent);
-        if (pre_) {
-          d = d * load<C>(norm_weight_ + c, extent) +
-              splat<C>(hidden_sum_[j]) * load<C>(norm_bias_ + c, extent);
-        }
-        store<C>(down + j * width_ + c, d, extent);
-      });
+  void write(const AdapterGradients& gradients, const Sums& down_sum, const Sums& up_sum, int64_t r,
+             int64_t column, int64_t columns) const {
+    if (gradients.down && !down_sum.in_place) {
+      write_rows(down_sum.data, down_sum.stride, r, columns,
+                 static_cast<W*>(gradients.down) + column, width_);
     }
-    W* norm_weight = static_cast<W*>(gradients.norm_weight);
-    W* norm_bias = static_cast<W*>(gradients.norm_bias);
-    for_each_vector<C>(columns, [&](int64_t c, auto extent) {
-      if (norm_weight) store<C>(norm_weight + column + c, load<C>(norm_weight_sum_ + c), extent);
-      if (norm_bias) store<C>(norm_bias + column + c, load<C>(norm_bias_sum_ + c), extent);
-    });
+    if (gradients.up && !up_sum.in_place) {
+      W* up = static_cast<W*>(gradients.up) + column * r;
+      if constexpr (kPairs) {
+        write_transposed(up_sum.data, r, columns, up);
+      } else {
+        write_rows(up_sum.data, up_sum.stride, columns, r, up, r);
+      }
+    }
+    const auto write_norm = [&](const C* sum, void* gradient) {
+      if (gradient) write_rows(sum, 0, 1, columns, static_cast<W*>(gradient) + column, 0);
+    };
+    write_norm(norm_weight_sum_, gradients.norm_weight);
+    write_norm(norm_bias_sum_, gradients.norm_bias);
   }
 
-  // The transpose of up_sum_.
   template <class W>
-  void write_up(W* up, int64_t r, int64_t columns) const {
+  static void write_rows(const C* from, int64_t from_stride, int64_t rows, int64_t columns, W* to,
+                         int64_t to_stride) {
+    for (int64_t i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
+      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+        store<C>(to + c, load<C>(from + c, extent), extent);
+      });
+    }
+  }
+
+  template <class W>
+  void write_transposed(const C* from, int64_t r, int64_t columns, W* up) const {
     constexpr int lanes = kLanes<C>;
     for (int64_t c = 0; c < columns; c += lanes) {
       const int64_t rows = std::min<int64_t>(lanes, columns - c);
       for_each_vector<C>(r, [&](int64_t j, auto extent) {
         Vector<C> square[lanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = load<C>(up_sum_ + (j + i) * stride_ + c);
+        for (int i = 0; i < lanes; ++i) square[i] = load<C>(from + (j + i) * stride_ + c);
         transpose<C>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
@@ -770,21 +815,6 @@ class ColumnPass {
         }
       });
     }
-  }
-
-  // What row j of `down` and of M adds to dγ and dβ.
-  template <class W>
-  void add_norm_gradient(int64_t j, int64_t column, int64_t columns) {
-    const W* down = static_cast<const W*>(view_.down) + j * view_.down_stride + column;
-    transform_row<C>(down, columns, down_row_, [](int64_t, auto v, auto) { return v; });
-    round_operand(p_, down_row_, columns);
-    const Vector<C> hidden_sum = splat<C>(hidden_sum_[j]);
-    for_each_vector<C>(columns, [&](int64_t c, auto) {
-      const Vector<C> weight = load<C>(down_row_ + c);
-      store<C>(norm_weight_sum_ + c,
-               load<C>(norm_weight_sum_ + c) + weight * load<C>(down_sum_ + j * stride_ + c));
-      store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c) + weight * hidden_sum);
-    });
   }
 
   const LinearAdapterBackward& p_;
@@ -795,11 +825,10 @@ class ColumnPass {
   const bool pre_;
   const int64_t width_;
   int64_t stride_;  // of the tile's buffers
-  const Segment* summed_ = nullptr;
   AdapterView view_;
   Weights down_, up_;
-  C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *hidden_sum_, *x_, *out_, *gradient_,
-      *product_, *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_, *down_row_;
+  C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *x_, *out_, *gradient_, *product_,
+      *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_;
   C* masks_[2];
 };
 

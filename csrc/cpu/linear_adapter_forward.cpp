@@ -114,13 +114,10 @@ class Forward {
         width_(problem.hidden_size),
         block_rows_(block_rows<C, Product>(problem.hidden_size)),
         left_stride_(steps<Product>(kColumnBlock) + kRowPadding<C>),
-        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>),
+        hidden_stride_(hidden_stride(problem)),
         // The post norm needs a whole row of the second product before it can start.
         out_columns_(pre_ ? kColumnBlock : width_),
-        out_stride_(padded<C>(out_columns_) + kRowPadding<C>) {}
-
-  void run(int64_t task, int64_t tasks) {
-    [[maybe_unused]] const typename Product::Setup setup;
+        out_stride_(padded<C>(out_columns_) + kRowPadding<C>) {
     const int64_t r = p_.hidden_stride;
     const int64_t down_size = WeightOperand<X, Product>::size(width_, r);
     const int64_t up_size = WeightOperand<X, Product>::size(r, width_);
@@ -143,6 +140,10 @@ class Forward {
     out_ = scratch.take<C>(kMostBlockRows * out_stride_);
     mask_ = scratch.take<C>(kColumnBlock);
     row_ = scratch.take<int64_t>(kMostBlockRows);
+  }
+
+  // Some blocks of rows of all segments.
+  void run(int64_t task, int64_t tasks) {
     const Segment* packed = nullptr;
     for_each_block(plan_, block_rows_, task, tasks,
                    [&](const Segment& segment, int64_t first, int64_t count) {
@@ -155,7 +156,44 @@ class Forward {
                    });
   }
 
+  // A task's share of the columns of h, for all rows of a segment, then of those of y. The tasks
+  // share h, of so many elements.
+  static int64_t hidden_elements(const LinearAdapterForward& problem) {
+    return kMostBlockRows * hidden_stride(problem);
+  }
+  void run_down(const Segment& segment, int64_t task, int64_t tasks, C* hidden) {
+    prepare_adapter(segment, segment.rows);
+    start_rows(segment, 0, segment.rows);
+    const auto [first, columns] = share(view_.bottleneck, task, tasks);
+    project_down(segment.rows, first, columns, hidden);
+    if (task == 0) save_moments(segment.rows);
+  }
+  void run_up(const Segment& segment, int64_t task, int64_t tasks, const C* hidden) {
+    prepare_adapter(segment, segment.rows);
+    start_rows(segment, 0, segment.rows);
+    if (task == 0) save_hidden(segment.rows, hidden);
+    activate_rows(segment.rows, hidden);
+    const auto [first, columns] = share(width_, task, tasks);
+    project_up(segment.rows, first, columns);
+  }
+
  private:
+  static int64_t hidden_stride(const LinearAdapterForward& problem) {
+    return padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
+  }
+
+  // In whole panels.
+  struct Share {
+    int64_t first;
+    int64_t columns;
+  };
+  static Share share(int64_t columns, int64_t task, int64_t tasks) {
+    const auto end = [&](int64_t tasks_before) {
+      return std::min(columns, tasks_before * panels<C>(columns) / tasks * kPanel<C>);
+    };
+    return {end(task), end(task + 1) - end(task)};
+  }
+
   const X* x(int64_t i) const { return static_cast<const X*>(p_.x) + row_[i] * width_; }
   X* y(int64_t i) const { return static_cast<X*>(p_.y) + row_[i] * width_; }
 
@@ -169,22 +207,41 @@ class Forward {
   }
 
   void block(const Segment& segment, int64_t first, int64_t count) {
+    start_rows(segment, first, count);
+    project_down(count, 0, view_.bottleneck, hidden_);
+    save_hidden(count, hidden_);
+    activate_rows(count, hidden_);
+    project_up(count, 0, width_);
+    save_moments(count);
+    if (penalties_) {
+      std::copy(penalty_, penalty_ + count, penalties_ + segment.first_position + first);
+    }
+  }
+
+  void start_rows(const Segment& segment, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       row_[i] = Plan::row(segment, p_.routing.rows_per_sample, first + i);
       if (pre_) moments(x(i), width_, p_.eps, mean_ + i, rstd_ + i);
       penalty_[i] = 0;
     }
-    project_down(count);
-    activate_rows(count);
-    project_up(count);
-    if (p_.mean) {
-      for (int64_t i = 0; i < count; ++i) {
-        static_cast<C*>(p_.mean)[row_[i]] = mean_[i];
-        static_cast<C*>(p_.rstd)[row_[i]] = rstd_[i];
-      }
+  }
+
+  void save_moments(int64_t count) const {
+    if (!p_.mean) return;
+    for (int64_t i = 0; i < count; ++i) {
+      static_cast<C*>(p_.mean)[row_[i]] = mean_[i];
+      static_cast<C*>(p_.rstd)[row_[i]] = rstd_[i];
     }
-    if (penalties_) {
-      std::copy(penalty_, penalty_ + count, penalties_ + segment.first_position + first);
+  }
+
+  void save_hidden(int64_t count, const C* hidden) const {
+    if (!p_.hidden) return;
+    const int64_t r = view_.bottleneck;
+    for (int64_t i = 0; i < count; ++i) {
+      const C* from = hidden + i * hidden_stride_;
+      C* to = static_cast<C*>(p_.hidden) + row_[i] * p_.hidden_stride;
+      std::copy(from, from + r, to);
+      std::fill(to + r, to + p_.hidden_stride, C(0));
     }
   }
 
@@ -199,8 +256,8 @@ class Forward {
     if constexpr (Product::kElements == 1) round_operand(p_, to, count);
   }
 
-  // hidden = LN(x) downᵀ, or x downᵀ.
-  void project_down(int64_t count) {
+  // hidden = LN(x) downᵀ, or x downᵀ, some columns of it.
+  void project_down(int64_t count, int64_t first, int64_t hidden_columns, C* hidden) {
     // A lone row has the whole buffer: its product reads the weights in their order in memory then.
     const int64_t block = count > 1 ? kColumnBlock : kMostBlockRows * kColumnBlock;
     for (int64_t column = 0; column < width_; column += block) {
@@ -217,34 +274,26 @@ class Forward {
           make_operand(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
         }
       }
-      down_.multiply(count, column, columns, 0, view_.bottleneck, {left_, left_stride_, 1}, hidden_,
-                     hidden_stride_, column > 0);
+      down_.multiply(count, column, columns, first, hidden_columns, {left_, left_stride_, 1},
+                     hidden + first, hidden_stride_, column > 0);
     }
   }
 
-  // hidden = act(hidden), saved before where it is wanted.
-  void activate_rows(int64_t count) {
-    const int64_t r = view_.bottleneck;
-    if (p_.hidden) {
-      for (int64_t i = 0; i < count; ++i) {
-        const C* from = hidden_ + i * hidden_stride_;
-        C* to = static_cast<C*>(p_.hidden) + row_[i] * p_.hidden_stride;
-        std::copy(from, from + r, to);
-        std::fill(to + r, to + p_.hidden_stride, C(0));
-      }
-    }
+  // The left operand of the second product: act(hidden).
+  void activate_rows(int64_t count, const C* hidden) {
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
-        C* h = hidden_ + i * hidden_stride_;
-        make_operand(h, r, h,
+        make_operand(hidden + i * hidden_stride_, view_.bottleneck, hidden_ + i * hidden_stride_,
                      [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
       }
     });
   }
 
-  void project_up(int64_t count) {
-    for (int64_t column = 0; column < width_; column += out_columns_) {
-      const int64_t columns = std::min(out_columns_, width_ - column);
+  // Some columns of y.
+  void project_up(int64_t count, int64_t first, int64_t out_columns) {
+    const int64_t end = first + out_columns;
+    for (int64_t column = first; column < end; column += out_columns_) {
+      const int64_t columns = std::min(out_columns_, end - column);
       up_.multiply(count, 0, view_.bottleneck, column, columns, {hidden_, hidden_stride_, 1}, out_,
                    out_stride_, false);
       for (int64_t i = 0; i < count; ++i) {
@@ -302,6 +351,50 @@ class Forward {
   int64_t* row_;
 };
 
+template <class X, class Product>
+void run_by_rows(const LinearAdapterForward& problem, const Plan& plan, const Parallel& parallel,
+                 Accumulate<X>* penalties) {
+  const int64_t blocks = (plan.active_rows + kTileRows - 1) / kTileRows;
+  const int64_t tasks = std::min(parallel.threads, blocks);  // no task for less than a tile
+  parallel(tasks, [&](int64_t task) {
+    [[maybe_unused]] const typename Product::Setup setup;
+    Forward<X, Product>(problem, plan, penalties).run(task, tasks);
+  });
+}
+
+// Whether tasks share the columns of both products rather than the rows. Where an adapter's rows
+// are few, most of the time goes into reading its weights, which is then shared too; not so the
+// norm of the rows. The post norm, and the auxiliary loss, would have to wait for whole rows.
+bool shares_columns(const LinearAdapterForward& problem, const Plan& plan, int64_t tasks) {
+  constexpr int64_t worthwhile = 1 << 18;  // elements of a weight; entering tasks takes time too
+  const int64_t r = problem.hidden_stride;
+  bool few_rows = true;
+  for (const Segment& segment : plan.segments) {
+    few_rows = few_rows && segment.rows <= std::min(kMostBlockRows, r / 2);
+  }
+  return few_rows && static_cast<int64_t>(plan.segments.size()) < tasks &&
+         problem.norm_position == NormPosition::kPre && r * problem.hidden_size >= worthwhile;
+}
+
+template <class X, class Product>
+void run_by_columns(const LinearAdapterForward& problem, const Plan& plan,
+                    const Parallel& parallel) {
+  using C = Accumulate<X>;
+  using Rows = Forward<X, Product>;
+  const std::unique_ptr<C[]> hidden(new C[static_cast<size_t>(Rows::hidden_elements(problem))]);
+  const int64_t tasks = parallel.threads;
+  for (const Segment& segment : plan.segments) {
+    parallel(tasks, [&](int64_t task) {
+      [[maybe_unused]] const typename Product::Setup setup;
+      Rows(problem, plan, nullptr).run_down(segment, task, tasks, hidden.get());
+    });
+    parallel(tasks, [&](int64_t task) {
+      [[maybe_unused]] const typename Product::Setup setup;
+      Rows(problem, plan, nullptr).run_up(segment, task, tasks, hidden.get());
+    });
+  }
+}
+
 template <class X>
 void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
   using C = Accumulate<X>;
@@ -327,13 +420,12 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
   std::unique_ptr<C[]> penalties;
   if (problem.l2_lambda) penalties.reset(new C[static_cast<size_t>(plan.active_rows)]);
   if (plan.active_rows > 0) {
-    const int64_t blocks =
-        (plan.active_rows + kTileRows - 1) / kTileRows;  // no task for less than a tile
-    const int64_t tasks = std::min(parallel.threads, blocks);
     with_product<X>(problem, [&]<class Product>() {
-      parallel(tasks, [&](int64_t task) {
-        Forward<X, Product>(problem, plan, penalties.get()).run(task, tasks);
-      });
+      if (!penalties && shares_columns(problem, plan, parallel.threads)) {
+        run_by_columns<X, Product>(problem, plan, parallel);
+      } else {
+        run_by_rows<X, Product>(problem, plan, parallel, penalties.get());
+      }
     });
   }
   C* aux = static_cast<C*>(problem.aux);

@@ -115,8 +115,9 @@ static void unpack_vector(DataType type, const void* from, int64_t count, Accumu
   });
 }
 
-// A weight matrix as the right operand of products. For many rows it is packed whole, for rows of
-// one block piece by piece as the product needs it, for a single row it is read as it is stored.
+// A weight matrix as the right operand of products. For many rows it is packed whole. For those of
+// one block, and for a single row, it is read as it is stored where that can be; else it is packed
+// piece by piece as the product needs it.
 //
 // `Product` says how steps over k are taken; left operands are its steps. One that takes several
 // elements in a step wants weights of x's type.
@@ -139,6 +140,7 @@ class WeightOperand {
     weights_ = weights;
     stride_ = stride;
     k_count_ = k_count;
+    columns_ = columns;
     transposed_ = transposed;
     memory_ = memory;
     const bool stored = rows == 1 && !rounds_operands(problem) && (transposed || !kPairs);
@@ -149,7 +151,7 @@ class WeightOperand {
   // out [rows, columns] (+)= left [rows, k_count] times the part of the matrix that starts at row
   // first_k and column first_column (multiples of kBlockK and of the panel width).
   void multiply(int64_t rows, int64_t first_k, int64_t k_count, int64_t first_column,
-                int64_t columns, LeftOperand<C> left, C* out, int64_t out_row,
+                int64_t columns, const LeftOperand<C>& left, C* out, int64_t out_row,
                 bool accumulate) const {
     if (mode_ == kWhole) {
       const int64_t panel_stride = steps<Product>(k_count_) * kPanel<C>;
@@ -176,9 +178,19 @@ class WeightOperand {
       });
       return;
     }
+    int64_t column = 0;
+    if (!transposed_ && !rounds_operands(*problem_)) {
+      with_stored(first_k, first_column, [&]<class W>(const W* part) {
+        if constexpr (std::is_same_v<W, C>) {
+          column = columns / kLanes<C> * kLanes<C>;
+          cpu::multiply<C, Product>(rows, column, k_count, left, {part, kPanel<C>, stride_}, out,
+                                    out_row, accumulate);
+        }
+      });
+    }
     // Pieces follow the rows of the matrix as it is stored, which is how memory likes to be read.
-    const int64_t width = transposed_ ? kPanel<C> : columns;
-    for (int64_t column = 0; column < columns; column += width) {
+    const int64_t width = transposed_ ? kPanel<C> : columns - column;
+    for (; column < columns; column += width) {
       const int64_t part = std::min(width, columns - column);
       for (int64_t k = 0; k < k_count; k += kBlockK) {
         const int64_t block = std::min(kBlockK, k_count - k);
@@ -211,14 +223,15 @@ class WeightOperand {
       if (!transposed_) {
         return pack_same_order<C, Product>(part, stride_, k_count, columns, memory_);
       }
-      pack_transposed<C, Product>(part, stride_, k_count, columns, memory_);
+      pack_transposed<C, Product>(part, stride_, k_count, columns,
+                                  columns_ - first_column - columns, memory_);
     });
     if constexpr (!kPairs) round_operand(*problem_, memory_, size(k_count, columns));
   }
 
   const LinearAdapterProblem* problem_;
   const void* weights_;
-  int64_t stride_, k_count_;
+  int64_t stride_, k_count_, columns_;
   bool transposed_;
   Mode mode_;
   C* memory_;
@@ -302,14 +315,6 @@ static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task
     }
     cost += kPackingRows;
   }
-}
-
-template <class C, class X, class Transform>
-ADAPTER_EXT_HOST_DEVICE void transform_row(const X* from, int64_t count, C* to,
-                                           Transform&& transform) {
-  for_each_vector<C>(count, [&](int64_t i, auto extent) {
-    store<C>(to + i, transform(i, load<C>(from + i, extent), extent), extent);
-  });
 }
 
 }  // namespace ADAPTER_EXT_CPU_LEVEL

@@ -48,10 +48,6 @@ struct MultiplyAdd {
   ADAPTER_EXT_HOST_DEVICE static Vector<C> round(Vector<C> values) { return values; }
   // Elements i and on of a left operand's row.
   template <class Extent>
-  ADAPTER_EXT_HOST_DEVICE static Vector<C> element(const C* row, int64_t i, Extent extent) {
-    return cpu::load<C>(row + i, extent);
-  }
-  template <class Extent>
   ADAPTER_EXT_HOST_DEVICE static void store(C* row, int64_t i, Vector<C> values, Extent extent) {
     cpu::store<C>(row + i, values, extent);
   }
@@ -95,10 +91,6 @@ struct PairDot {
   ADAPTER_EXT_HOST_DEVICE static V round(V values) {
     const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast<__m512>(values));
     return bit_cast<V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(narrow)), 16));
-  }
-  template <class Extent>
-  ADAPTER_EXT_HOST_DEVICE static V element(const float* row, int64_t i, Extent extent) {
-    return cpu::load<float>(reinterpret_cast<const BFloat16*>(row) + i, extent);
   }
   template <class Extent>
   ADAPTER_EXT_HOST_DEVICE static void store(float* row, int64_t i, V values, Extent extent) {
@@ -197,7 +189,9 @@ ADAPTER_EXT_HOST_DEVICE void pad_row(C* row, int64_t count) {
   }
 }
 
-// A left operand: element (row, k) is data[row * row_stride + k * k_stride].
+// A left operand: element (row, k) is data[row * row_stride + k * k_stride]. Operands are passed by
+// reference: a copy on the stack is read by wider loads than it was stored by, which wait until all
+// stores before are done, those of the tile before to slow memory among them.
 template <class C>
 struct LeftOperand {
   const C* data;
@@ -219,24 +213,39 @@ struct RightOperand {
   int64_t k_stride;
 };
 
+// Asks for what lies `ahead` of the right operand's rows beforehand.
 template <class C, class Product, int rows, int vectors>
-static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, C* out,
-                 int64_t out_row, bool accumulate) {
+static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k,
+                 int64_t ahead, C* out, int64_t out_row, bool accumulate) {
   using V = Vector<C>;
   V sum[rows][vectors] = {};
-  const C* a = left.data;
-  for (int64_t k = 0; k < k_count; ++k, a += left.k_stride, b += b_k) {
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(out + row * out_row + v * kLanes<C>, 1);
+  }
+  // A pointer for every third row: with one for all, the rows' offsets take more registers than
+  // there are.
+  constexpr int group = 3;
+  const C* a[(rows + group - 1) / group];
+  for (int i = 0; i * group < rows; ++i) a[i] = left.data + i * group * left.row_stride;
+  for (int64_t k = 0; k < k_count; ++k, b += b_k) {
     V right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
+    for (int v = 0; v < vectors; ++v) {
+      right[v] = load<C>(b + v * kLanes<C>);
+      __builtin_prefetch(b + ahead + v * kLanes<C>);
+    }
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
-      const V value = Product::splat(a + row * left.row_stride);
+      const V value = Product::splat(a[row / group] + row % group * left.row_stride);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         sum[row][v] = Product::add(sum[row][v], value, right[v]);
       }
     }
+#pragma GCC unroll 4
+    for (const C*& from : a) from += left.k_stride;
   }
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
@@ -249,15 +258,15 @@ static void tile(int64_t k_count, LeftOperand<C> left, const C* b, int64_t b_k, 
 }
 
 template <class C, class Product, int vectors, int rows = kTileRows>
-ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, LeftOperand<C> left,
-                                          const C* b, int64_t b_k, C* out, int64_t out_row,
-                                          bool accumulate) {
+ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
+                                          const LeftOperand<C>& left, const C* b, int64_t b_k,
+                                          int64_t ahead, C* out, int64_t out_row, bool accumulate) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, Product, rows, vectors>(k_count, left, b, b_k, out, out_row, accumulate);
+      tile<C, Product, rows, vectors>(k_count, left, b, b_k, ahead, out, out_row, accumulate);
     } else {
-      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, out, out_row,
-                                                  accumulate);
+      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, ahead, out,
+                                                  out_row, accumulate);
     }
   }
 }
@@ -265,8 +274,8 @@ ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count, Le
 #if defined(__AMX_BF16__)
 // Row tiles by column tiles of a product.
 template <int row_tiles, int column_tiles>
-static void tiles(int64_t k_count, LeftOperand<float> left, const float* b, int64_t b_k, float* out,
-                  int64_t out_row, bool accumulate) {
+static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* b, int64_t b_k,
+                  float* out, int64_t out_row, bool accumulate) {
   constexpr int tile = TileDot::kTile;
   const int64_t left_bytes = left.row_stride * 4, right_bytes = b_k * 4, out_bytes = out_row * 4;
   float* const right_out = out + tile;
@@ -307,7 +316,7 @@ static void tiles(int64_t k_count, LeftOperand<float> left, const float* b, int6
 
 // multiply() below, with tile registers; k is contiguous in the left operand.
 static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<float> left,
-                           RightOperand<float> right, float* out, int64_t out_row,
+                           const RightOperand<float>& right, float* out, int64_t out_row,
                            bool accumulate) {
   constexpr int tile = TileDot::kTile;
   left.data = TileDot::order_memory(left.data);
@@ -328,8 +337,8 @@ static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftO
 // of `out` are out_row elements apart and padded to whole panels; the padding gets the product with
 // the padding of `right`.
 template <class C, class Product = MultiplyAdd<C>>
-static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<C> left,
-                     RightOperand<C> right, C* out, int64_t out_row, bool accumulate) {
+static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftOperand<C>& left,
+                     const RightOperand<C>& right, C* out, int64_t out_row, bool accumulate) {
   if constexpr (Product::kStepGroup > 1) {
     return multiply_tiles(rows, columns, k_count, left, right, out, out_row, accumulate);
   }
@@ -344,12 +353,16 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, LeftOperand
     for (int64_t column = 0, panel = 0; column < columns; column += kPanel<C>, ++panel) {
       const C* b = right.data + panel * right.panel_stride + k * right.k_stride;
       const bool narrow = columns - column <= kLanes<C>;
+      // The hardware does not see where the next panel is if its rows lie far apart.
+      const bool apart = right.k_stride > kPanel<C> && columns - column > kPanel<C>;
+      const int64_t ahead = apart ? right.panel_stride : 0;
       for (int64_t row = 0; row < rows; row += kTileRows) {
         const int64_t count = std::min<int64_t>(kTileRows, rows - row);
         C* to = out + row * out_row + column;
         const auto run =
             narrow ? tile_of_rows<C, Product, 1> : tile_of_rows<C, Product, kPanelVectors>;
-        run(count, block, left.from(row, k), b, right.k_stride, to, out_row, accumulate || k > 0);
+        run(count, block, left.from(row, k), b, right.k_stride, ahead, to, out_row,
+            accumulate || k > 0);
       }
     }
   }
@@ -431,9 +444,11 @@ ADAPTER_EXT_HOST_DEVICE void transpose(Vector<C> (&v)[kLanes<C>]) {
 }
 
 // Packs the transpose: from [columns, elements of k], rows `stride` apart, to steps of the product.
+// Asks for the next panel beforehand, since a row's part of one is too short for the hardware to
+// see where it goes on; so many columns follow those that are packed.
 template <class C, class Product = MultiplyAdd<C>, class W>
 static void pack_transposed(const W* from, int64_t stride, int64_t elements, int64_t columns,
-                            C* to) {
+                            int64_t following, C* to) {
   constexpr int lanes = kLanes<C>;
   const int64_t k_count = steps<Product>(elements);
   for (int64_t column = 0; column < columns; column += kPanel<C>, to += k_count * kPanel<C>) {
@@ -444,7 +459,15 @@ static void pack_transposed(const W* from, int64_t stride, int64_t elements, int
         continue;
       }
       const W* source = from + (column + part) * stride;
+      const bool prefetch = column + 2 * kPanel<C> <= columns + following;
       for_each_vector<C>(k_count, [&](int64_t k, auto extent) {
+        if (prefetch) {
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) {
+            const W* next = source + (kPanel<C> + i) * stride + k * Product::kElements;
+            __builtin_prefetch(next, 0, 2);
+          }
+        }
         Vector<C> square[lanes] = {};
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
