@@ -7,7 +7,10 @@ each function that is timed is checked against eager PyTorch's in float32.
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,6 +186,52 @@ def measure_case(
         limits=limits.measured(),
         skipped=skipped,
     )
+
+
+@dataclasses.dataclass
+class Sweep:
+    """What became of some cases.
+
+    Attributes:
+        results: of the cases that were measured.
+        failures: what went wrong, beginning with the case's name.
+        dropped: names of the cases that no time was left for.
+    """
+
+    results: list[Result] = dataclasses.field(default_factory=list)
+    failures: list[str] = dataclasses.field(default_factory=list)
+    dropped: list[str] = dataclasses.field(default_factory=list)
+
+
+def sweep(
+    chosen: Sequence[Case],
+    wanted: Sequence[str],
+    *,
+    description: str = "cases",
+    deadline: float = math.inf,
+    case_seconds: float = 0.0,
+    **options: Any,
+) -> Sweep:
+    """Measures cases; one that fails does not keep the others from being measured.
+
+    Args:
+        chosen: the cases.
+        wanted: names of the peers.
+        description: of the progress display.
+        deadline: on the clock of ``time.monotonic``.
+        case_seconds: no case begins with less time left.
+        options: of :func:`measure_case`.
+    """
+    done = Sweep()
+    for case in measure.progress(chosen, description):
+        if time.monotonic() + case_seconds > deadline:
+            done.dropped.append(str(case))
+            continue
+        try:
+            done.results.append(measure_case(case, wanted, **options))
+        except Exception as error:
+            done.failures.append(f"{case}: {type(error).__name__}: {error}")
+    return done
 
 
 def step(mode: str, implementation: peers.Implementation, dy: Tensor) -> Step:

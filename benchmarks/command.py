@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -66,7 +66,7 @@ def finish(
         arguments: what followed it.
         results: what was measured.
         best: the ceilings.
-        path: of the file.
+        path: of the file, if there is to be one.
         notes: of the document.
     """
     document = Document(typed(name, arguments), measure.machine(), best, results, notes)
@@ -83,3 +83,9 @@ def finish(
         document.write(path)
         print(f"\nwritten: {path}", file=sys.stderr)
     return document
+
+
+def fail(failures: Sequence[str]) -> NoReturn:
+    """Ends a run in which something failed."""
+    print("\nFAILED:", *(" ".join(failure.split())[:500] for failure in failures), sep="\n  ")
+    raise SystemExit(1)

@@ -115,20 +115,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.use_allocator(options.allocator)
     probes = ceilings.Probes()
     best = probes.best(options.sampler).measured()
-    results = []
-    for table, case in measure.progress(chosen_cases(options), "cases"):
-        wanted = [peer for peer in options.peers if peer in TABLE_PEERS[table]]
-        results.append(
-            cases.measure_case(
-                case,
-                wanted,
-                probes=probes,
-                seconds=options.seconds,
-                table=table,
-                sampler=options.sampler,
-            )
+    chosen = chosen_cases(options)
+    done = [
+        cases.sweep(
+            [case for name, case in chosen if name == table],
+            [peer for peer in options.peers if peer in TABLE_PEERS[table]],
+            description=table,
+            probes=probes,
+            seconds=options.seconds,
+            table=table,
+            sampler=options.sampler,
         )
-    command.finish("cpu", arguments, results, best, options.json)
+        for table in options.table
+    ]
+    results = [result for sweep in done for result in sweep.results]
+    failures = [failure for sweep in done for failure in sweep.failures]
+    command.finish("cpu", arguments, results, best, options.json, failures=failures)
+    if failures:
+        command.fail(failures)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch
 from adapter_ext import _C, doctor
 from benchmarks import cases, ceilings, command, measure, tables
 from benchmarks.cases import FORWARD, REPLAY, TRAINING, Case
-from benchmarks.results import Document, Result
+from benchmarks.results import Document
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Not tests/test_bad_input.py: ids out of range fail an assertion on the GPU, after which the
@@ -183,50 +183,6 @@ def _counts(report: pathlib.Path) -> tuple[int, int, int]:
     return passed, failed, skipped
 
 
-@dataclasses.dataclass
-class Sweep:
-    """What became of some cases.
-
-    Attributes:
-        results: of the others.
-        failures: what went wrong, beginning with the case's name.
-        dropped: names of the cases that no time was left for.
-    """
-
-    results: list[Result] = dataclasses.field(default_factory=list)
-    failures: list[str] = dataclasses.field(default_factory=list)
-    dropped: list[str] = dataclasses.field(default_factory=list)
-
-
-def sweep(
-    chosen: Sequence[Case],
-    wanted: Sequence[str],
-    *,
-    deadline: float,
-    case_seconds: float,
-    **options: Any,
-) -> Sweep:
-    """Measures cases; one that fails does not keep the others from being measured.
-
-    Args:
-        chosen: the cases.
-        wanted: names of the peers.
-        deadline: on the clock of ``time.monotonic``.
-        case_seconds: no case begins with less time left.
-        options: of :func:`benchmarks.cases.measure_case`.
-    """
-    done = Sweep()
-    for case in measure.progress(chosen, f"cases with {', '.join(wanted)}"):
-        if time.monotonic() + case_seconds > deadline:
-            done.dropped.append(str(case))
-            continue
-        try:
-            done.results.append(cases.measure_case(case, wanted, **options))
-        except Exception as error:
-            done.failures.append(f"{case}: {type(error).__name__}: {error}")
-    return done
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks cuda", description=__doc__)
@@ -279,9 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = [case for case in every if re.search(options.match, str(case))]
         if not chosen:
             continue
-        done = sweep(
+        done = cases.sweep(
             chosen,
             wanted,
+            description=table,
             deadline=deadline,
             case_seconds=case_seconds,
             probes=probes,
@@ -301,12 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document.write(options.json)
     print(f"\nwritten: {options.json}")
     if failures:
-        print("\nFAILED:", *(_in_short(failure) for failure in failures), sep="\n  ")
-        raise SystemExit(1)
-
-
-def _in_short(failure: str) -> str:
-    return " ".join(failure.split())[:500]
+        command.fail(failures)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def render(document: Document, name: str) -> str:
 
 
 def machine(document: Document) -> str:
-    """The machine, when it was used, and how busy it was, in one line."""
+    """The command, the machine, when it was used, and how busy it was, in one line."""
     facts, limits = document.machine, document.ceilings
     processor = facts.get("gpu") or f"{facts['cpu']} ({facts['cpu_capability']})"
     gpu = (
@@ -48,9 +48,10 @@ def machine(document: Document) -> str:
             else []
         ),
     ]
+    threads = facts["threads"]
     facts_in_words = [
         f"{processor}{gpu}",
-        f"{facts['threads']} threads",
+        f"{threads} thread{'s' if threads > 1 else ''}",
         f"torch {facts['torch']}",
         f"adapter_ext {facts['adapter_ext']}",
         f"allocator {facts['allocator']}",
@@ -58,7 +59,7 @@ def machine(document: Document) -> str:
         f"load {facts['load']}",
         facts["date"],
     ]
-    return ", ".join(facts_in_words)
+    return f"`{document.command}`: {', '.join(facts_in_words)}"
 
 
 def peers_of(results: Sequence[Result]) -> list[str]:

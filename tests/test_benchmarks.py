@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ from benchmarks.cases import FORWARD, MODES, REPLAY, TRAINING, Case
 from benchmarks.results import Document, Result, Spread
 
 SMALL = Case(FORWARD, "fp32", 16, 4, 8, 3)
+OTHER = dataclasses.replace(SMALL, rows=9)
 LIMITS = ceilings.Ceilings(bytes_per_second=1e9, flops_per_second=math.inf)
 
 no_gpu = pytest.mark.skipif(cuda.missing() is None, reason="there is a GPU")
@@ -214,8 +216,8 @@ def test_probes(probes: ceilings.Probes) -> None:
 
 def swept(
     chosen: list[Case], wanted: list[str], probes: ceilings.Probes, deadline: float = math.inf
-) -> cuda.Sweep:
-    return cuda.sweep(
+) -> cases.Sweep:
+    return cases.sweep(
         chosen, wanted, deadline=deadline, case_seconds=5.0, probes=probes, seconds=0.0
     )
 
@@ -289,11 +291,10 @@ def test_a_wrong_result_is_reported(
         return right
 
     monkeypatch.setitem(cases.IMPLEMENTATIONS, "ours", peers.Peer(wrong))
-    other = Case(FORWARD, "fp32", 16, 4, 9, 3)
-    done = swept([SMALL, other], ["eager"], probes)
+    done = swept([SMALL, OTHER], ["eager"], probes)
     (failure,) = done.failures
     assert failure.startswith(f"{SMALL}: RuntimeError: {SMALL}: y of ours differs from eager")
-    assert [result.name for result in done.results] == [str(other)]
+    assert [result.name for result in done.results] == [str(OTHER)]
 
 
 def test_cases_without_time_left_are_named(probes: ceilings.Probes) -> None:
@@ -305,13 +306,12 @@ def test_cases_without_time_left_are_named(probes: ceilings.Probes) -> None:
 def test_machine_in_one_line() -> None:
     gpu = {"gpu": "GPU", "capability": "9.0", "multiprocessors": 132, "cuda": "13.0"}
     line = tables.render(document(**gpu), "machine")
-    assert line.startswith(
-        "GPU, sm 9.0, 132 multiprocessors, driver unknown, ? of ? MHz, CUDA 13.0"
-    )
+    command_and_gpu = "`python -m benchmarks cpu`: GPU, sm 9.0, 132 multiprocessors"
+    assert line.startswith(f"{command_and_gpu}, driver unknown, ? of ? MHz, CUDA 13.0")
     assert "copy 1.0 GB/s" in line
     assert "multiply-adds" not in line
     on_cpu = tables.render(document(cpu="CPU", load=3.5), "machine")
-    assert on_cpu.startswith("CPU (")
+    assert on_cpu.startswith("`python -m benchmarks cpu`: CPU (")
     assert "allocator default" in on_cpu
     assert "load 3.5" in on_cpu
 
@@ -342,9 +342,6 @@ def test_json_round_trip(tmp_path: pathlib.Path) -> None:
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected results of format 1, got format None"):
         results.read(path)
-
-
-OTHER = dataclasses.replace(SMALL, rows=9)
 
 
 @pytest.mark.parametrize(
@@ -556,6 +553,41 @@ def test_memory_of_a_case() -> None:
     assert list(result.memory) == ["ours", "eager"]
     assert result.required is not None
     assert 0.9 * result.required < result.memory["ours"] < result.memory["eager"]
+
+
+def test_cuda_without_its_gpu(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    probes: ceilings.Probes,
+) -> None:
+    """All of the command but the device."""
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(measure, "ColdEvents", lambda: measure.wall_clock)
+    gpu = {"gpu": "GPU", "capability": "9.0", "multiprocessors": 132, "cuda": "13.0"}
+    monkeypatch.setattr(measure, "gpu", lambda: gpu)
+    monkeypatch.setattr(ceilings, "Probes", lambda *_, **__: probes)
+    monkeypatch.setattr(cuda, "main_cases", lambda: [SMALL, OTHER])
+    measure_case = cases.measure_case
+
+    def on_cpu(case: Case, *arguments: Any, device: str, **options: Any) -> Result:
+        assert device == "cuda"
+        if case == OTHER:
+            raise RuntimeError("out of memory")
+        return measure_case(case, *arguments, **options)
+
+    monkeypatch.setattr(cases, "measure_case", on_cpu)
+    path = tmp_path / "results.json"
+    with pytest.raises(SystemExit) as failure:
+        cuda.main(["--no-compile", "--seconds", "0", "--json", str(path)])
+    assert failure.value.code == 1
+    printed = capsys.readouterr().out
+    assert f"| {SMALL} |" in printed
+    assert f"FAILED:\n  {OTHER}: RuntimeError: out of memory" in printed
+    written = results.read(path)
+    assert [result.name for result in written.results] == [str(SMALL)]
+    assert written.machine["gpu"] == "GPU"
+    assert written.notes["grid"]["failures"] == [f"{OTHER}: RuntimeError: out of memory"]
 
 
 def test_op_tests_are_there() -> None:
