@@ -55,6 +55,16 @@ def _pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
+def _log(axes: Any, letter: str) -> None:
+    """Makes the axis x or y logarithmic, with plain numbers."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    getattr(axes, f"set_{letter}scale")("log")
+    axis = getattr(axes, f"{letter}axis")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
 def _kinds(chosen: Sequence[Result]) -> list[tuple[str, str]]:
     """The modes and types of results."""
     return list(dict.fromkeys((r.case["mode"], r.case["dtype"]) for r in chosen))
@@ -93,12 +103,12 @@ def draw_floor(plt: Any, grid: Sequence[Result]) -> Any:
                 label=f"A={count}",
             )
         axis.axvline(1, color=GREY, linewidth=1)
-        axis.set_xscale("log")
+        _log(axis, "x")
         axis.set_title(" ".join(kind))
         axis.set_xlabel("our time / floor")
     axes[0][0].set_yticks(range(len(shapes)), shapes)
     axes[0][0].set_ylim(len(shapes) - 0.5, -0.5)
-    axes[0][-1].legend()
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -118,7 +128,7 @@ def draw_peers(plt: Any, grid: Sequence[Result]) -> Any:
                 axis.plot([middle] * 2, ends, color=color, linewidth=3)
         axis.plot([], [], "o", color=color, label=" ".join(kind))
     axis.axvline(1, color=GREY, linewidth=1)
-    axis.set_xscale("log")
+    _log(axis, "x")
     axis.set_xlabel("peer's time / our time (right of 1: ours is faster; bars are medians)")
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
@@ -164,13 +174,18 @@ def draw_adapters(plt: Any, chosen: Sequence[Result], decode: Sequence[Result]) 
                 color=color,
                 label=name,
             )
-        axis.set_yscale("log")
+        _log(axis, "y")
         axis.set_title(f"decode, {dtype}, T={decode[0].case['rows']}, stacked weights")
         axis.set_ylabel("ms")
     for axis in axes[0]:
-        axis.set_xscale("log", base=2)
+        counts = sorted({int(x) for line in axis.lines for x in line.get_xdata()})
+        axis.set_xscale("log")
+        axis.set_xticks(counts, counts)
+        axis.minorticks_off()
         axis.set_xlabel("adapters A")
         axis.legend(fontsize=7)
+    if decode:
+        axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -228,7 +243,7 @@ def draw(documents: Sequence[Document], folder: pathlib.Path) -> list[pathlib.Pa
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['cpu_capability']}"
     for name, make in figures.items():
         figure = make()
-        caption = f"{where}, {machine['threads']} threads, {machine['date'][:10]}"
+        caption = f"{where}, threads: {machine['threads']}, {machine['date'][:10]}"
         figure.text(0.01, 0.005, caption, fontsize=7, color=GREY)
         figure.tight_layout(rect=(0, 0.03, 1, 1))
         for form in FORMATS:
