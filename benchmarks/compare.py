@@ -3,17 +3,19 @@
 By default our time is taken as a share of eager PyTorch's in the same round: two runs may have met
 the machine in different states, which both functions saw. ``--per none`` compares seconds.
 
-The noise of a comparison follows from the spread that each run stored. Its quartiles (of few
-samples, the extremes) say within which range the ratio of the two runs lies; a case has moved where
-that range does not hold 1, so where the middle halves of both runs' samples have nothing in common,
-and where the medians differ by more than ``--least`` as well. Bytes are compared by ``--least``
-alone: they do not depend on the machine's state.
+The noise of a comparison has two sources, and a case has moved only beyond both. Within the runs:
+the ratio of the two lies in a range that follows from the quartiles which each run stored (of few
+samples, the extremes); it must not hold 1, so the middle halves of both runs' samples have nothing
+in common. Between the runs: the peers are the same code in both, so what their times moved by is
+noise; the change must be larger than that of 95% of them, and than ``--least``. Bytes are compared
+by ``--least`` alone: they do not depend on the machine's state.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -60,6 +62,7 @@ def changes(
         least: the least relative change that counts.
     """
     before = {(result.table, result.name): result for result in old.results}
+    beyond = max(least, noise(old, new, function=function, per=per))
     found = []
     for result in new.results:
         earlier = before.get((result.table, result.name))
@@ -74,12 +77,44 @@ def changes(
             unit = "s" if per == "none" else f"s per {per}"
         if then is not None and now is not None:
             words = ("faster", "slower")
-            found.append(Change(*key, f"{function} {unit}", *_judge(over(now, then), least, words)))
+            found.append(
+                Change(*key, f"{function} {unit}", *_judge(over(now, then), beyond, words))
+            )
         if function in earlier.memory and function in result.memory:
             share = result.memory[function] / earlier.memory[function]
             judged = _judge(Spread(share, share, share, 1), least, ("smaller", "larger"))
             found.append(Change(*key, f"{function} bytes", *judged))
     return found
+
+
+def noise(old: Document, new: Document, *, function: str = "ours", per: str = "eager") -> float:
+    """By how much the times of what is the same code in both runs moved, but for the most 5%.
+
+    Args:
+        old: the earlier run.
+        new: the later run.
+        function: what may have changed, beside ours.
+        per: as in :func:`changes`.
+
+    Returns:
+        A relative change; 0 where the runs share no such time.
+    """
+    before = {(result.table, result.name): result for result in old.results}
+    moved = []
+    for result in new.results:
+        earlier = before.get((result.table, result.name))
+        for peer in result.ratios:
+            if earlier is None or peer in (function, per) or peer not in earlier.ratios:
+                continue
+            if per == "none":
+                then, now = earlier.seconds[peer].median, result.seconds[peer].median
+            elif per == "ours" or per not in result.ratios or per not in earlier.ratios:
+                continue
+            else:
+                then = earlier.ratios[peer].median / earlier.ratios[per].median
+                now = result.ratios[peer].median / result.ratios[per].median
+            moved.append(max(then, now) / min(then, now) - 1)
+    return sorted(moved)[math.ceil(0.95 * len(moved)) - 1] if moved else 0.0
 
 
 def _time(result: Result, function: str, per: str) -> Spread | None:
@@ -149,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     moved = [change for change in found if change.verdict]
     for line in differences(old, new):
         print(f"- {line}")
+    between = noise(old, new, function=options.function, per=options.per)
+    print(f"- noise between the runs, by the peers: {between:.1%}")
     shown = moved if options.moved else found
     print("\n" + table(shown))
     counts = [

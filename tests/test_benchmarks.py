@@ -372,6 +372,21 @@ def test_compare_with_noise() -> None:
     assert change.ratio.lower < 1 < change.ratio.median == pytest.approx(1.2)
 
 
+def test_compare_with_noise_between_the_runs() -> None:
+    """What the peers moved by, which are the same code in both runs, is noise."""
+    old = made_up(SMALL, 0.001, eager=0.005, bmm=0.002)
+    new = made_up(SMALL, 0.0012, eager=0.005, bmm=0.0025)
+    assert compare.noise(document(old), document(new)) == pytest.approx(0.25)
+    assert compare.noise(document(new), document(old)) == pytest.approx(0.25)
+    assert compare.noise(document(old), document(new), per="none") == pytest.approx(0.25)
+    assert compare.noise(document(old), document(new), function="bmm") == 0.0
+    (change,) = compare.changes(document(old), document(new))
+    assert change.verdict == ""
+    new.ratios["bmm"] = spread(0.002 / 0.0012)
+    (change,) = compare.changes(document(old), document(new))
+    assert change.verdict == "slower"
+
+
 def test_compare_peers_and_bytes() -> None:
     old, new = made_up(SMALL, 0.001, eager=0.005), made_up(SMALL, 0.001, eager=0.01)
     (change,) = compare.changes(document(old), document(new), function="eager", per="ours")
