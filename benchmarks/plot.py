@@ -192,7 +192,7 @@ def draw_adapters(plt: Any, chosen: Sequence[Result], decode: Sequence[Result]) 
 def draw_memory(plt: Any, chosen: Sequence[Result]) -> Any:
     """Peak memory over what is required: a group of bars for each case."""
     names = list(dict.fromkeys(name for r in chosen for name in r.memory))
-    figure, axis = plt.subplots(figsize=(7, 0.16 * len(chosen) * len(names) + 1.6))
+    figure, axis = plt.subplots(figsize=(7, 0.075 * len(chosen) * len(names) + 1.6))
     height = 0.85 / len(names)
     for n, (name, color) in enumerate(zip(names, COLORS, strict=False)):
         own = [(i, r) for i, r in enumerate(chosen) if name in r.memory]
@@ -216,33 +216,41 @@ def draw(documents: Sequence[Document], folder: pathlib.Path) -> list[pathlib.Pa
     """Draws what there are results for.
 
     Args:
-        documents: of one machine; of cases that several have, those of the last are drawn.
+        documents: of one machine; of cases that several have, those of the first are drawn.
         folder: where to.
 
     Returns:
         The files that were written.
     """
     plt = _pyplot()
-    merged = {(r.table, r.name): r for document in documents for r in document.results}
+    merged: dict[tuple[str, str], Result] = {}
+    sources: dict[str, Document] = {}
+    for document in documents:
+        for result in document.results:
+            merged.setdefault((result.table, result.name), result)
+            sources.setdefault(result.table, document)
 
     def of(table: str) -> list[Result]:
         return [result for result in merged.values() if result.table == table]
 
     grid, counted, decode, memory = (of(t) for t in ("grid", "adapters", "decode", "memory"))
-    figures: dict[str, Callable[[], Any]] = {}
+    figures: dict[str, tuple[str, Callable[[], Any]]] = {}
     if grid:
-        figures["floor"] = lambda: draw_floor(plt, grid)
-        figures["peers"] = lambda: draw_peers(plt, grid)
+        figures["floor"] = "grid", lambda: draw_floor(plt, grid)
+        figures["peers"] = "grid", lambda: draw_peers(plt, grid)
     if counted or decode:
-        figures["adapters"] = lambda: draw_adapters(plt, counted, decode)
+        figures["adapters"] = (
+            "adapters" if counted else "decode",
+            lambda: draw_adapters(plt, counted, decode),
+        )
     if memory:
-        figures["memory"] = lambda: draw_memory(plt, memory)
+        figures["memory"] = "memory", lambda: draw_memory(plt, memory)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    machine = documents[0].machine
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['cpu_capability']}"
-    for name, make in figures.items():
+    for name, (table, make) in figures.items():
         figure = make()
+        machine = sources[table].machine
+        where = machine.get("gpu") or f"{machine['cpu']}, {machine['cpu_capability']}"
         caption = f"{where}, threads: {machine['threads']}, {machine['date'][:10]}"
         figure.text(0.01, 0.005, caption, fontsize=7, color=GREY)
         figure.tight_layout(rect=(0, 0.03, 1, 1))
