@@ -1,12 +1,13 @@
 """What the machine can do at best: its copy bandwidth and its rate of multiply-adds.
 
-Both are the best of several repetitions: what else runs on the machine only lowers them.
+Both are probed beside what is measured: what else runs on the machine lowers them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import math
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from adapter_ext import _C
 from benchmarks import measure
 
-_COPY_BYTES = 512 * 2**20  # far larger than any cache
+_COPY_BYTES = 256 * 2**20
+_LOOPS = 400_000  # of multiply-adds in registers: some milliseconds
 _REPETITIONS = 10
 
 
@@ -35,31 +37,51 @@ class Ceilings:
         """The least time in seconds in which these bytes can move and these operations run."""
         return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
 
-
-def cpu() -> Ceilings:
-    """Measures both limits, with ``torch.get_num_threads()`` threads; takes about a second."""
-    bandwidth = copy_bandwidth(measure.wall_clock, "cpu", _COPY_BYTES)
-    return Ceilings(bandwidth, _fma_rate(torch.get_num_threads()))
-
-
-def copy_bandwidth(sampler: measure.Sampler, device: str, num_bytes: int) -> float:
-    """Bytes per second, read and written, of a copy of so many bytes on a device."""
-    source = torch.ones(num_bytes // 4, device=device)
-    target = torch.zeros_like(source)
-    sample = sampler(lambda: target.copy_(source))
-    return 2 * num_bytes / min(sample() for _ in range(_REPETITIONS))
+    def measured(self) -> dict[str, float]:
+        """The limits that there are, by name."""
+        limits = dataclasses.asdict(self)
+        return {name: value for name, value in limits.items() if value < math.inf}
 
 
-def _fma_rate(threads: int) -> float:
-    iterations = 1000
-    with ThreadPoolExecutor(threads) as pool:
+class Probes:
+    """Functions that reach the limits, to be timed in turn with what is measured.
 
-        def rate() -> tuple[float, float]:
-            start = time.perf_counter()
-            flops = sum(pool.map(_C.fma_loop, [iterations] * threads))
-            seconds = time.perf_counter() - start
-            return flops / seconds, seconds
+    A machine that is shared, or that changes its clocks, is not equally fast all the time: limits
+    that were timed in the rounds of a case are those that the case met.
 
-        while rate()[1] < 0.05:
-            iterations *= 2
-        return max(rate()[0] for _ in range(_REPETITIONS))
+    Args:
+        device: where.
+        copy_bytes: what is copied; the default is far larger than any cache of a CPU.
+        multiply: whether the rate of multiply-adds is a limit too; on the CPU only.
+    """
+
+    def __init__(
+        self, device: str = "cpu", copy_bytes: int = _COPY_BYTES, *, multiply: bool = True
+    ) -> None:
+        source = torch.ones(copy_bytes // 4, device=device)
+        target = torch.zeros_like(source)
+        self.copy_bytes = 2 * source.nbytes
+        self.functions: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
+        self.flops = 0.0
+        if multiply:
+            threads = torch.get_num_threads()
+            pool = ThreadPoolExecutor(threads)
+            loops = [_LOOPS] * threads
+
+            def fma() -> float:
+                return sum(pool.map(_C.fma_loop, loops))
+
+            self.flops = fma()
+            self.functions["fma"] = fma
+
+    def limits(self, seconds: Mapping[str, float]) -> Ceilings:
+        """The limits that follow from the seconds which each function took."""
+        rate = self.flops / seconds["fma"] if "fma" in self.functions else math.inf
+        return Ceilings(self.copy_bytes / seconds["copy"], rate)
+
+    def best(self, sampler: measure.Sampler = measure.wall_clock) -> Ceilings:
+        """The limits by the best of several repetitions; takes about a second."""
+        samples = {name: sampler(function) for name, function in self.functions.items()}
+        return self.limits(
+            {name: min(take() for _ in range(_REPETITIONS)) for name, take in samples.items()}
+        )

@@ -1,12 +1,12 @@
-"""``python -m benchmarks.cuda``: the fused op on a GPU against PyTorch and the copy bandwidth.
+"""``python -m benchmarks cuda``: the fused op on a GPU against PyTorch and the copy bandwidth.
 
 ``--check`` runs the op tests on the GPU first. Then times are medians, ours and the peers' taken in
 turn in one run, each call between two events and with a cold second-level cache; the result of each
 is checked against eager PyTorch's beside its timing. *replay* is the forward as a CUDA graph, which
 costs the host one launch.
 
-The floor of a case is its bytes over the bandwidth of a large copy, measured in the same run. All
-of it takes less than ``--budget`` seconds: cases for which no time is left are named and left out.
+The floor of a case is its bytes over the bandwidth of a large copy, timed in its rounds. All of it
+takes less than ``--budget`` seconds: cases for which no time is left are named and left out.
 Exits with 1 where a test or a check fails, or where there is no GPU or no CUDA library.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import math
 import os
 import pathlib
 import re
@@ -30,8 +29,9 @@ from typing import Any
 import torch
 
 from adapter_ext import _C, doctor
-from benchmarks import cases, ceilings, measure
+from benchmarks import cases, ceilings, command, measure, tables
 from benchmarks.cases import FORWARD, REPLAY, TRAINING, Case
+from benchmarks.results import Document
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Not tests/test_bad_input.py: ids out of range fail an assertion on the GPU, after which the
@@ -183,64 +183,9 @@ def _counts(report: pathlib.Path) -> tuple[int, int, int]:
     return passed, failed, skipped
 
 
-@dataclasses.dataclass
-class Sweep:
-    """What became of some cases.
-
-    Attributes:
-        results: as :func:`benchmarks.cases.measure_case` returns them.
-        failures: what went wrong, beginning with the case's name.
-        dropped: names of the cases that no time was left for.
-    """
-
-    results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    failures: list[str] = dataclasses.field(default_factory=list)
-    dropped: list[str] = dataclasses.field(default_factory=list)
-
-
-def sweep(
-    chosen: Sequence[Case],
-    wanted: Sequence[str],
-    *,
-    deadline: float,
-    case_seconds: float,
-    **options: Any,
-) -> Sweep:
-    """Measures cases; one that fails does not keep the others from being measured.
-
-    Args:
-        chosen: the cases.
-        wanted: names of the peers.
-        deadline: on the clock of ``time.monotonic``.
-        case_seconds: no case begins with less time left.
-        options: of :func:`benchmarks.cases.measure_case`.
-    """
-    done = Sweep()
-    for case in measure.progress(chosen, f"cases with {', '.join(wanted)}"):
-        if time.monotonic() + case_seconds > deadline:
-            done.dropped.append(str(case))
-            continue
-        try:
-            done.results.append(cases.measure_case(case, wanted, **options))
-        except Exception as error:
-            done.failures.append(f"{case}: {type(error).__name__}: {error}")
-    return done
-
-
-def header(machine: dict[str, Any], limits: ceilings.Ceilings) -> str:
-    """The machine in one line."""
-    return (
-        f"{machine['gpu']} (sm {machine['capability']}, {machine['multiprocessors']} "
-        f"multiprocessors, driver {machine.get('driver_version', 'unknown')}, "
-        f"{machine.get('clocks.sm', '?')} of {machine.get('clocks.max.sm', '?')} MHz), torch "
-        f"{machine['torch']}, CUDA {machine['cuda']}, adapter_ext {machine['adapter_ext']}; copy "
-        f"{limits.bytes_per_second / 1e9:.0f} GB/s; {machine['date']}"
-    )
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks cuda", description=__doc__)
     parser.add_argument("--check", action="store_true", help="run the op tests on the GPU first")
     parser.add_argument("--budget", type=float, default=450.0, help="seconds in all")
     parser.add_argument("--seconds", type=float, default=0.1, help="for each function and case")
@@ -256,16 +201,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs tests and cases, and prints what became of them."""
-    options = parse_arguments()
+    options = parse_arguments(arguments)
     deadline = time.monotonic() + options.budget
     if reason := missing():
         sys.exit(f"benchmarks.cuda: needs a GPU and the CUDA kernels: {reason}")
     if options.check and (absent := [f for f in OP_TESTS if not (REPOSITORY / f).exists()]):
         sys.exit(f"benchmarks.cuda: --check: {', '.join(absent)} not in {REPOSITORY}")
-    document: dict[str, Any] = {}
-    failures = []
+    failures: list[str] = []
+    notes: dict[str, Any] = {}
     if options.check:
         # Before this process uses the GPU, which may be for one process at a time.
         limit = max(0.0, options.budget - TIMING_SECONDS)
@@ -275,46 +220,45 @@ def main() -> None:
             if result.failure:
                 failures.append(f"{result.file}: {result.failure}")
                 print(f"=== {result.file}", result.output[-5000:], sep="\n", flush=True)
-        document["tests"] = [dataclasses.asdict(result) for result in tests]
-        cases.write_json(options.json, document)
+        notes["tests"] = [dataclasses.asdict(result) for result in tests]
     sampler = measure.ColdEvents()
-    bandwidth = ceilings.copy_bandwidth(sampler, "cuda", COPY_BYTES)
-    limits = ceilings.Ceilings(bandwidth, math.inf)  # bytes alone make the floor
+    probes = ceilings.Probes("cuda", COPY_BYTES, multiply=False)  # bytes alone make the floor
     machine = {**measure.machine(), **measure.gpu()}
-    document.update(machine=machine, bytes_per_second=bandwidth, sweeps=[])
-    print(header(machine, limits), flush=True)
-    plan = [(main_cases(), PEERS, CASE_SECONDS)]
+    best = probes.best(sampler).measured()
+    document = Document(command.typed("cuda", arguments), machine, best, [], notes)
+    document.write(options.json)
+    print(tables.machine(document), flush=True)
+    plan = [("grid", main_cases(), PEERS, CASE_SECONDS)]
     if not options.no_compile:
-        plan.append((compiled_cases(), COMPILED_PEERS, COMPILED_CASE_SECONDS))
-    for every, wanted, case_seconds in plan:
+        plan.append(("compiled", compiled_cases(), COMPILED_PEERS, COMPILED_CASE_SECONDS))
+    for table, every, wanted, case_seconds in plan:
         chosen = [case for case in every if re.search(options.match, str(case))]
         if not chosen:
             continue
-        done = sweep(
+        done = cases.sweep(
             chosen,
             wanted,
+            description=table,
             deadline=deadline,
             case_seconds=case_seconds,
-            limits=limits,
+            probes=probes,
             seconds=options.seconds,
+            table=table,
             sampler=sampler,
             device="cuda",
         )
-        tables = [cases.table(done.results, wanted), cases.summary(done.results, wanted)]
-        print("\n" + "\n\n".join(tables), flush=True)
+        if done.results:
+            parts = [tables.times(done.results), tables.summary(done.results)]
+            print("\n" + "\n\n".join(parts), flush=True)
         if done.dropped:
             print("\nNOT RUN, no time left:", *done.dropped, sep="\n  ", flush=True)
         failures += done.failures
-        document["sweeps"].append(dataclasses.asdict(done))
-        cases.write_json(options.json, document)
+        document.results += done.results
+        notes[table] = {"failures": done.failures, "dropped": done.dropped}
+        document.write(options.json)
     print(f"\nwritten: {options.json}")
     if failures:
-        print("\nFAILED:", *(_in_short(failure) for failure in failures), sep="\n  ")
-        raise SystemExit(1)
-
-
-def _in_short(failure: str) -> str:
-    return " ".join(failure.split())[:500]
+        command.fail(failures)
 
 
 if __name__ == "__main__":

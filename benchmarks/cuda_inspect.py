@@ -1,4 +1,4 @@
-"""``python -m benchmarks.cuda_inspect``: what nvcc made of the CUDA kernels, without a GPU.
+"""``python -m benchmarks cuda-inspect``: what nvcc made of the CUDA kernels, without a GPU.
 
 Reads the machine code in the built CUDA library, prints a table of it, and says what is wrong:
 local memory (registers that were spilled to it, too), no tensor cores where products are theirs, no
@@ -352,15 +352,15 @@ def differences(
     return wrong
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table and what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_inspect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks cuda-inspect", description=__doc__)
     parser.add_argument(
         "files", nargs="*", type=pathlib.Path, help="default: the installed library"
     )
     parser.add_argument("--check", action="store_true", help=f"compare with docs/{PAGE.name} too")
     parser.add_argument("--write", action="store_true", help=f"write the table in docs/{PAGE.name}")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     files = options.files or [_library.CPU_LIBRARY.with_name("libadapter_ext_cuda.so")]
     if absent := [str(file) for file in files if not file.exists()]:
         sys.exit(f"benchmarks.cuda_inspect: not there: {', '.join(absent)}")

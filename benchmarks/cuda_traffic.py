@@ -1,10 +1,10 @@
-"""``python -m benchmarks.cuda_traffic``: what the CUDA kernels ask of memory, without a GPU.
+"""``python -m benchmarks cuda-traffic``: what the CUDA kernels ask of memory, without a GPU.
 
 The kernels run in the PTX simulator beside the checkout, which counts the sectors that each launch
 moves. The table is that of docs/cuda.md, where its columns are explained: ``--write`` puts new
 lines there, ``--check`` counts some lines again and fails where one has become worse.
 
-The layer is that of ``benchmarks.cpu``. A forward keeps what the backward needs; decode is
+The layer is that of ``benchmarks cpu``. A forward keeps what the backward needs; decode is
 inference on few rows.
 """
 
@@ -28,7 +28,7 @@ import torch
 import adapter_ext
 from adapter_ext.ops import raw_forward_arguments
 from benchmarks import measure, peers
-from benchmarks.cpu import DTYPES, Case
+from benchmarks.cases import DTYPES, Case
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cuda.md"
@@ -200,10 +200,10 @@ def regressions(documented: Mapping[str, Counts], counted: Mapping[str, Counts])
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Counts, prints the table, and writes or compares it where that is asked for."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cuda_traffic",
+        prog="python -m benchmarks cuda-traffic",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -211,7 +211,7 @@ def main() -> None:
     action.add_argument("--write", action="store_true", help=f"to {PAGE.relative_to(ROOT)}")
     action.add_argument("--check", action="store_true", help="some lines against those there")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their names")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     wanted = [case for case in cases() if is_checked(case) or not options.check]
     ops = load_kernels()
     counted, lines = {}, {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib
+import os
 import pathlib
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -22,18 +23,24 @@ _T = TypeVar("_T")
 
 MIN_SAMPLE_SECONDS = 2e-3
 
+ALLOCATORS = ("default", "raised")
+# Variables of glibc that make its allocator keep what it has.
+RAISED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
 Sampler = Callable[[Callable[[], object]], Callable[[], float]]
 """Warms a function up; what it returns takes one sample: the seconds of one call."""
 
 
-def wall_clock(function: Callable[[], object]) -> Callable[[], float]:
+def by_clock(clock: Callable[[], float], function: Callable[[], object]) -> Callable[[], float]:
     """The sampler for the CPU: each sample is the mean of at least ``MIN_SAMPLE_SECONDS``."""
 
     def sample(loops: int) -> float:
-        start = time.perf_counter()
+        if loops > 1:
+            function()  # what was timed before has put other things into the caches
+        start = clock()
         for _ in range(loops):
             function()
-        return (time.perf_counter() - start) / loops
+        return (clock() - start) / loops
 
     loops = 1
     while (per_call := sample(loops)) * loops < MIN_SAMPLE_SECONDS:
@@ -41,14 +48,22 @@ def wall_clock(function: Callable[[], object]) -> Callable[[], float]:
     return lambda: sample(loops)
 
 
-def interleaved_medians(
+wall_clock: Sampler = functools.partial(by_clock, time.perf_counter)
+CLOCKS: dict[str, Sampler] = {
+    "wall": wall_clock,
+    "process": functools.partial(by_clock, time.process_time),
+}
+"""Samplers by name: seconds that went by, or that this process was running on a processor."""
+
+
+def interleaved(
     functions: Mapping[str, Callable[[], object]],
     *,
     sampler: Sampler = wall_clock,
     seconds: float = 0.3,
     min_samples: int = 3,
     max_samples: int = 1000,
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     """Times functions in turn, so that a change of the machine's speed meets all of them alike.
 
     Args:
@@ -59,7 +74,7 @@ def interleaved_medians(
         max_samples: enough samples of each function.
 
     Returns:
-        The median time of one call in seconds, by name.
+        By name, the seconds of one call in each round.
     """
     take = {name: sampler(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
@@ -69,7 +84,7 @@ def interleaved_medians(
             break
         for name in functions:
             samples[name].append(take[name]())
-    return {name: statistics.median(times) for name, times in samples.items()}
+    return samples
 
 
 class ColdEvents:
@@ -125,6 +140,25 @@ def replayed(function: Callable[[], _T]) -> Callable[[], _T]:
     return replay
 
 
+def use_allocator(setting: str) -> None:
+    """Starts this program again where the C library's allocator is not as asked for.
+
+    By default it gives large blocks back to the system and asks for fresh ones, which cost a page
+    fault every 4 KiB; ``raised`` lets it keep what it has.
+
+    Args:
+        setting: ``default`` or ``raised``.
+    """
+    wanted = RAISED if setting == "raised" else {}
+    if _allocator_variables() != wanted:
+        others = {name: value for name, value in os.environ.items() if name not in RAISED}
+        os.execve(sys.executable, sys.orig_argv, {**others, **wanted})
+
+
+def _allocator_variables() -> dict[str, str]:
+    return {name: os.environ[name] for name in RAISED if name in os.environ}
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to know about the machine that numbers come from, but for its GPU."""
     return {
@@ -136,6 +170,8 @@ def machine() -> dict[str, Any]:
         "compiler": _C.compiler,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "allocator": "raised" if _allocator_variables() == RAISED else "default",
+        "load": round(os.getloadavg()[2], 1),  # processes that ran or waited, over 15 minutes
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

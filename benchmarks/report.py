@@ -1,0 +1,76 @@
+"""``python -m benchmarks report``: the tables and pictures of the documentation, made again.
+
+Between the lines ``<!-- benchmarks: begin FILE TABLE -->`` and ``<!-- benchmarks: end -->`` of a
+page stands a table of a file in benchmarks/results; ``machine`` is the line about its machine, and
+``TABLE summary`` the summary of a table. The pictures are those of ``benchmarks plot`` for the
+files in the folder ``DRAWN``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+from collections.abc import Sequence
+
+from benchmarks import plot, results, tables
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+DRAWN = results.FOLDER / "quick"
+BLOCK = re.compile(
+    r"(<!-- benchmarks: begin (?P<file>\S+) (?P<table>[^>]+) -->\n).*?(<!-- benchmarks: end -->)",
+    re.DOTALL,
+)
+
+
+def pages() -> list[pathlib.Path]:
+    """The pages that may have tables."""
+    return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def render(page: str) -> str:
+    """A page with the tables that its results give."""
+
+    def block(match: re.Match[str]) -> str:
+        document = results.read(results.FOLDER / match["file"])
+        return f"{match[1]}{tables.render(document, match['table'])}\n{match[4]}"
+
+    return BLOCK.sub(block, page)
+
+
+def drawn_files() -> list[pathlib.Path]:
+    """The files whose results are drawn."""
+    return sorted(DRAWN.glob("*.json"))
+
+
+def outdated() -> list[pathlib.Path]:
+    """The pages whose tables are not those that the results give."""
+    return [page for page in pages() if render(page.read_text()) != page.read_text()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the tables and draws the pictures."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="fail where a table is not up to date")
+    options = parser.parse_args(arguments)
+    if options.check:
+        if pages_of := outdated():
+            names = ", ".join(str(page.relative_to(ROOT)) for page in pages_of)
+            raise SystemExit(f"not what benchmarks/results says, run benchmarks report: {names}")
+        return
+    for page in pages():
+        text = page.read_text()
+        if (rendered := render(text)) != text:
+            page.write_text(rendered)
+            print(f"written: {page.relative_to(ROOT)}")
+    for path in plot.draw([results.read(file) for file in drawn_files()], DOCS):
+        print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
