@@ -38,19 +38,45 @@ def model():
     return Model()
 
 
-WAYS = ("names", "indices", "compiled names", "compiled indices")
+WAYS = ("names", "indices", "compiled names", "compiled indices", "compiled with its routing")
+
+
+class Routed(nn.Module):
+    """Enters the routing in its forward, with indices among its inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        with route_adapters(self.model, ids):
+            return self.model(x)
+
+
+def routed(model, way):
+    """A function of input and names that routes and runs the model in this way."""
+    run = model
+    if "compiled" in way:
+        run = Routed(model) if "with its routing" in way else model
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+
+    def call(x, names):
+        if "with its routing" in way:
+            return run(x, ids_of(model, names))
+        with route_adapters(model, ids_of(model, names) if "indices" in way else names):
+            return run(x)
+
+    return call
 
 
 def train_together(model, way, steps=STEPS, optimizer=None):
     optimizer = optimizer or AdamW(model, lr=1e-2, adapters=OPTIONS)
-    run = torch.compile(model, backend="aot_eager", fullgraph=True) if "compiled" in way else model
+    run = routed(model, way)
     for step, names in enumerate(steps):
         x, target = batch(step, names)
-        routes = ids_of(model, names) if "indices" in way else names
         optimizer.zero_grad()
-        with route_adapters(model, routes):
-            losses = losses_of(run(x), target)
-        mean_per_adapter(losses, routes).backward()
+        losses = losses_of(run(x, names), target)
+        mean_per_adapter(losses, names if way == "names" else ids_of(model, names)).backward()
         optimizer.step()
     return optimizer
 
@@ -88,17 +114,13 @@ def test_same_bits_as_alone_where_only_adapters_compute(way):
         host = make_block(*NAMES, dtype=torch.float32).train()
         host.linear = nn.Identity()
         optimizer = AdamW(host, lr=1e-2)
-        run = (
-            torch.compile(host, backend="aot_eager", fullgraph=True) if "compiled" in way else host
-        )
+        run = routed(host, way)
         for samples in steps:
             names = [name for _, name in samples]
-            routes = ids_of(host, names) if "indices" in way else names
             x = torch.stack([rand(2, D, seed=i, dtype=torch.float32) for i, _ in samples])
             optimizer.zero_grad()
-            with route_adapters(host, routes):
-                losses = (run(x) * x.cos()).sum(dim=(1, 2))
-            mean_per_adapter(losses, routes).backward()
+            losses = (run(x, names) * x.cos()).sum(dim=(1, 2))
+            mean_per_adapter(losses, names).backward()
             optimizer.step()
         return host
 
@@ -133,20 +155,19 @@ def test_a_dropped_adapter_with_samples_is_stepped(way, model):
 def test_gradient_accumulation(way, model):
     alone = {name: train_alone(model, name, accumulate=2) for name in NAMES}
     optimizer = AdamW(model, lr=1e-2, adapters=OPTIONS)
-    run = torch.compile(model, backend="aot_eager", fullgraph=True) if "compiled" in way else model
+    run = routed(model, way)
     for first in (0, 2):
         optimizer.zero_grad()
         all_names = STEPS[first] + STEPS[first + 1]
         for step in (first, first + 1):
             x, target = batch(step, STEPS[step])
-            routes: object = STEPS[step]
-            counts: Counter = Counter(all_names)
-            if "indices" in way:
-                routes = ids_of(model, STEPS[step])
+            losses = losses_of(run(x, STEPS[step]), target)
+            if way == "names":
+                loss = mean_per_adapter(losses, STEPS[step], counts=Counter(all_names))
+            else:
                 counts = Counter(ids_of(model, all_names).tolist())
-            with route_adapters(model, routes):
-                losses = losses_of(run(x), target)
-            mean_per_adapter(losses, routes, counts=counts).backward()
+                loss = mean_per_adapter(losses, ids_of(model, STEPS[step]), counts=counts)
+            loss.backward()
         optimizer.step()
     for name, (weights, _) in alone.items():
         torch.testing.assert_close(state_of(model, name), weights, rtol=1e-10, atol=1e-10)
