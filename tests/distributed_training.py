@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def run(words: list[str], folder: Path) -> dict[str, tuple[list[Tensor], list[dict[str, Tensor]]]]:
+def run(words: list[str], folder: Path) -> dict[str, Any]:
+    """Weights and optimizer states of each adapter."""
     torch._dynamo.reset()
     rank, processes = dist.get_rank(), dist.get_world_size()
     model = Model()
@@ -70,7 +72,7 @@ def run(words: list[str], folder: Path) -> dict[str, tuple[list[Tensor], list[di
     if "save" in words:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         dcp.save(states, checkpoint_id=checkpoint)
-    return {
+    result = {
         name: (
             [whole(p) for a in adapters_of(model, name) for p in a.parameters()],
             [
@@ -80,6 +82,12 @@ def run(words: list[str], folder: Path) -> dict[str, tuple[list[Tensor], list[di
         )
         for name in NAMES
     }
+    # Whichever process had an adapter's samples, all have the same of it.
+    everywhere: list[dict[str, Any]] = [{}] * processes
+    dist.all_gather_object(everywhere, result)
+    for others in everywhere:
+        torch.testing.assert_close(others, result, rtol=0, atol=0)
+    return result
 
 
 def main() -> None:
