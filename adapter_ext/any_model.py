@@ -7,7 +7,6 @@ nothing here needs more than the model itself: copies and parts of it do as well
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from adapter_ext import files, routing
+from adapter_ext import files
 from adapter_ext.adapters import LinearAdapterConfig
 from adapter_ext.mixin import (
     AdapterModuleMixin,
@@ -27,9 +26,10 @@ from adapter_ext.mixin import (
 from adapter_ext.model_mixin import AdapterModelPTMixin, chosen, load_states, refill
 from adapter_ext.names import check_adapter_name
 from adapter_ext.registry import targets_of_a_file, to_plain_config
+from adapter_ext.routing import routed_hosts
 
 if TYPE_CHECKING:
-    from adapter_ext.routing import Routes
+    pass
 
 
 def add_adapter(model: nn.Module, name: str, cfg: Any) -> None:
@@ -219,29 +219,9 @@ def checkpoint_context(
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         routes = {host: routes_in_force(host) for host in hosts_of(model)}
-        return nullcontext(), _routed({h: r for h, r in routes.items() if r is not None})
+        return nullcontext(), routed_hosts({h: r for h, r in routes.items() if r is not None})
 
     return contexts
-
-
-@contextmanager
-def _routed(routes: dict[AdapterModuleMixin, Routes]) -> Iterator[None]:
-    """As route_adapters, with each host's own routes."""
-    this = threading.get_ident()
-    entries = {host: (this, own) for host, own in routes.items()}
-    with routing._lock:
-        for host, entry in entries.items():
-            object.__setattr__(host, "_adapter_routes", (*host._adapter_routes, entry))
-    try:
-        yield
-    finally:
-        with routing._lock:
-            for host, entry in entries.items():
-                kept = tuple(e for e in host._adapter_routes if e is not entry)
-                if kept:
-                    object.__setattr__(host, "_adapter_routes", kept)
-                else:
-                    host.__dict__.pop("_adapter_routes", None)
 
 
 @contextmanager

@@ -142,7 +142,7 @@ class InjectedModule(AdapterModuleMixin):
             return ""
         if first[1].ndim <= self._injection.batch_dim:
             return ""
-        size, routed = first[1].shape[self._injection.batch_dim], routes._ids.shape[0]
+        size, routed = first[1].shape[self._injection.batch_dim], routes.ids.shape[0]
         if not 0 < routed < size or size % routed:
             return ""
         return (

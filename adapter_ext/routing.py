@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -101,16 +101,24 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
     if routes.any_may_be_idle and torch.is_grad_enabled():
         for host in hosts:
             sample_counts.prepare(host)
-    entry = (threading.get_ident(), routes)
+    with routed_hosts(dict.fromkeys(hosts, routes)):
+        yield
+
+
+@contextmanager
+def routed_hosts(routes: Mapping[AdapterModuleMixin, Routes]) -> Iterator[None]:
+    """Within this context, the routes of hosts hold for them in this thread."""
+    this = threading.get_ident()
+    entries = {host: (this, own) for host, own in routes.items()}
     # Not by nn.Module.__setattr__, which costs more than a microsecond a host.
     with _lock:
-        for host in hosts:
+        for host, entry in entries.items():
             object.__setattr__(host, "_adapter_routes", (*host._adapter_routes, entry))
     try:
         yield
     finally:
         with _lock:
-            for host in hosts:
+            for host, entry in entries.items():
                 kept = tuple(e for e in host._adapter_routes if e is not entry)
                 if kept:
                     object.__setattr__(host, "_adapter_routes", kept)
@@ -246,7 +254,7 @@ class Routes:
         self, names: tuple[str | None, ...], ids: Tensor, *, any_may_be_idle: bool, shared: bool
     ) -> None:
         self._names = names
-        self._ids = ids
+        self.ids = ids
         self.any_may_be_idle = any_may_be_idle
         self._shared = shared
         # What layers share: made once a batch. Empty forever in compiled code, which would
@@ -267,7 +275,7 @@ class Routes:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"routing needs a tensor as input, got {type(x).__name__}")
-        shape = self._ids.shape
+        shape = self.ids.shape
         if x.ndim <= len(shape) or x.shape[: len(shape)] != shape:
             raise ValueError(
                 f"adapters are routed for samples of shape {list(shape)}, so the input must be "
@@ -364,7 +372,7 @@ class Routes:
         own = (self._ids_on(x.device).flatten() == i).nonzero().squeeze(1)
         if not (torch.compiler.is_compiling() or self._shared) and own.numel() == 0:
             return x
-        samples = x.flatten(0, self._ids.ndim - 1)
+        samples = x.flatten(0, self.ids.ndim - 1)
         mine = samples.index_select(0, own)
         y = cast(
             Tensor,
@@ -392,9 +400,9 @@ class Routes:
         return cast(Routing, self._once((names, device), make))
 
     def _ids_on(self, device: torch.device) -> Tensor:
-        if self._ids.device == device:
-            return self._ids
-        return cast(Tensor, self._once(device, lambda: self._ids.to(device)))
+        if self.ids.device == device:
+            return self.ids
+        return cast(Tensor, self._once(device, lambda: self.ids.to(device)))
 
     def _l2_lambda(self, values: tuple[float, ...], device: torch.device) -> float | Tensor:
         if len(set(values)) == 1:
