@@ -73,7 +73,9 @@ def base(expected):
 def check(model, expected):
     assert model.get_enabled_adapters() == ["fr"]  # NeMo saved "de" disabled
     model.set_enabled_adapters("de", True)
-    torch.testing.assert_close(model(expected["x"]), expected["y"], rtol=1e-5, atol=1e-4)
+    # Of results in the thousands, the small ones are differences.
+    atol = 5e-7 * float(expected["y"].abs().max())
+    torch.testing.assert_close(model(expected["x"]), expected["y"], rtol=1e-5, atol=atol)
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected[key]), key
     strategy = model.decoder.blocks[1].adapter_layer["de"].adapter_strategy

@@ -65,6 +65,8 @@ def missing(flavour: Flavour) -> str | None:
             return "nvcc is missing"
         if not SIMULATOR.exists():
             return f"{SIMULATOR} is missing"
+        if torch.version.cuda is not None:
+            return "a CUDA build of torch brings the runtime that the simulator stands in for"
     return None
 
 
