@@ -207,7 +207,8 @@ def test_ptx_simulator_reports(name: str, in_ptx: tuple[bool, ctypes.CDLL]) -> N
         went_well = function(ctypes.c_void_p(X.data_ptr()), ctypes.c_void_p(out.data_ptr()))
         library.ptxsim_unregister_range(ctypes.c_void_p(out.data_ptr()))
         library.simt_error_count.restype = ctypes.c_uint64
-        assert (library.simt_error_count() > 0) == broken  # and no other failure
+        reported = broken and name != "too_much_shared"  # that launch is refused
+        assert (library.simt_error_count() > 0) == reported
         assert went_well == (not broken)
         if not broken:
             torch.testing.assert_close(out, expected, rtol=0, atol=0)
