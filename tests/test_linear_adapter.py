@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from op_testing import ACTIVATIONS, LAYOUTS, ROUTINGS, Case, Recorder, check, excess, replace
+from op_testing import ACTIVATIONS, KINKS, LAYOUTS, ROUTINGS, Case, Recorder, check, excess, replace
 
 import adapter_ext
 from adapter_ext import ops, reference
@@ -392,8 +392,10 @@ def cases(draw: st.DrawFn) -> Case:
         num_adapters = 1
     residual = draw(st.booleans())
     probability = st.sampled_from([0.0, 0.1, 0.5, 1.0])
+    # Rows of so many inputs can't be kept away from kinks by more than 16 bits round.
+    activations = [a for a in ACTIVATIONS if dtype.itemsize > 2 or a not in KINKS]
     options: dict[str, Any] = {
-        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "activation": draw(st.sampled_from(activations)),
         "norm_position": draw(st.sampled_from(NORM_POSITIONS)),
         "dropout": draw(probability),
         "residual": residual,
