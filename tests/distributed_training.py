@@ -44,6 +44,8 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
         for host in (model[0], model[2]):
             fully_shard(host)
         fully_shard(model)
+        # The frozen base and the adapters alike.
+        assert all(isinstance(p, DTensor) for p in model.parameters())
     optimizer = AdamW(wrapped, lr=1e-2, adapters=OPTIONS)
     checkpoint = folder / "checkpoint"
     if "resume" in words:
