@@ -224,18 +224,20 @@ class RowPass {
 
   // Some blocks of all segments.
   void run(int64_t task, int64_t tasks) {
-    for_each_block(plan_, block_rows_, task, tasks,
-                   [&](const Segment& segment, int64_t first, int64_t count) {
-                     block(segment, Blocks(plan_, segment, block_rows_, tasks), first, count);
-                   });
+    for_each_block(plan_, block_rows_, task, tasks, [&](const Block& block, const Block& next) {
+      run_block(block, next, Blocks(plan_, *block.segment, block_rows_, tasks));
+    });
   }
 
   // All rows of one segment.
   void run(const Segment& segment) {
     const Blocks blocks(plan_, segment, block_rows_, 1);
-    for (int64_t i = 0; i < blocks.count; ++i) {
+    const auto block = [&](int64_t i) -> Block {
       const int64_t first = i * segment.rows / blocks.count;
-      block(segment, blocks, first, (i + 1) * segment.rows / blocks.count - first);
+      return {&segment, first, (i + 1) * segment.rows / blocks.count - first};
+    };
+    for (int64_t i = 0; i < blocks.count; ++i) {
+      run_block(block(i), i + 1 < blocks.count ? block(i + 1) : Block{}, blocks);
     }
   }
 
@@ -290,16 +292,25 @@ class RowPass {
     }
   }
 
-  void block(const Segment& segment, const Blocks& blocks, int64_t first, int64_t count) {
+  void run_block(const Block& block, const Block& next, const Blocks& blocks) {
+    const Segment& segment = *block.segment;
+    const int64_t first = block.first, count = block.count;
     if (!Wanted(p_, segment.adapter, pre_).anything()) return;
     if (prepared_ != &segment) prepare_adapter(segment, blocks.rows_in_task);
     prepared_ = &segment;
+    for (int64_t i = 0; i < next.count; ++i) {
+      next_gradient_[i] =
+          static_cast<const X*>(p_.grad_y) + row(*next.segment, next.first + i) * width_;
+    }
+    Ahead ahead;
+    ahead.set(next_gradient_, next.count, width_ * int64_t{sizeof(X)});
     activate_rows(segment, first, count);
     for (int64_t column = 0; column < width_; column += block_columns_) {
       const int64_t columns = std::min(block_columns_, width_ - column);
       if (wants_out_) {
         up_transposed_.multiply(count, 0, view_.bottleneck, column, columns,
-                                results_.activated.rows(segment, first), out_, stride_, false);
+                                results_.activated.rows(segment, first), out_, stride_, false,
+                                ahead);
       }
       LeftOperand<C> gradient = {gradient_, gradient_stride_, 1};
       if (const C* stored = stored_gradient(segment, first)) {
@@ -312,7 +323,7 @@ class RowPass {
       }
       if (wants_hidden_) {
         up_.multiply(count, column, columns, 0, view_.bottleneck, gradient, hidden_gradient_,
-                     hidden_stride_, column > 0);
+                     hidden_stride_, column > 0, ahead);
       }
     }
     if (wants_hidden_) finish_hidden(segment, first, count);
@@ -442,6 +453,7 @@ class RowPass {
   AdapterView view_;
   bool wants_hidden_, wants_out_;
   bool stored_;  // do is dy
+  const void* next_gradient_[kMostBlockRows];
   Weights up_, up_transposed_;
   C *packed_up_, *packed_up_transposed_, *norm_weight_, *norm_bias_, *down_weight_, *down_bias_,
       *gradient_, *out_, *activated_, *hidden_gradient_, *mask_;
@@ -453,29 +465,25 @@ class ColumnPass {
   using Weights = WeightOperand<X, Product>;
   static constexpr bool kPairs = Product::kElements > 1;
 
-  static constexpr int64_t kColumns = 64;  // a multiple of every panel width
-  static constexpr int64_t kMostColumns = 4 * kColumns;
-  static constexpr int64_t kWide = kPairs ? 4 : 2;  // of them, in wide tiles
   static constexpr int64_t kRows = RowMatrix<C, Product>::kRows;
 
  public:
-  // The width of tiles. A tile's sums over rows stay in a second-level cache; as far as that
-  // allows, wide tiles go through memory in longer pieces. With few rows there is little to keep.
-  struct Tiles {
-    int64_t hidden_size;
-    int64_t columns;  // of a segment with many rows
+  static constexpr int64_t kPartColumns = 256;  // worked on at a time
 
-    Tiles(const LinearAdapterBackward& problem, const Plan& plan, int64_t tasks)
-        : hidden_size(problem.hidden_size), columns(kColumns) {
-      const int64_t wide = hidden_size / (kWide * kColumns);
-      const bool enough = wide * static_cast<int64_t>(plan.segments.size()) >= tasks;
-      if (problem.hidden_stride <= kMostColumns && enough) columns = kWide * kColumns;
-    }
-    int64_t width(const Segment& segment) const {
-      return segment.rows <= (kPairs ? kRows / 4 : kRows) ? kMostColumns : columns;
-    }
-    int64_t count(const Segment& segment) const {
-      return (hidden_size + width(segment) - 1) / width(segment);
+  // A segment's columns are cut into tiles, as wide as their sums over rows stay in a second-level
+  // cache, so that rows are read in long pieces. All tasks have tiles to do.
+  struct Tiles {
+    int64_t count;
+    int64_t columns;
+
+    Tiles(const LinearAdapterBackward& problem, int64_t tasks) {
+      constexpr int64_t sum_bytes = 768 << 10, least_columns = 64;  // a multiple of every panel
+      const int64_t column_bytes = 2 * padded<C>(problem.hidden_stride) * int64_t{sizeof(C)};
+      const int64_t fitting = std::max(sum_bytes / column_bytes, least_columns);
+      const auto pieces = [&](int64_t size) { return (problem.hidden_size + size - 1) / size; };
+      const int64_t wanted = (pieces(fitting) + tasks - 1) / tasks * tasks;
+      columns = (pieces(wanted) + least_columns - 1) / least_columns * least_columns;
+      count = pieces(columns);
     }
   };
 
@@ -487,68 +495,82 @@ class ColumnPass {
         tiles_(tiles),
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
-        width_(problem.hidden_size) {
+        width_(problem.hidden_size),
+        sum_stride_(tiles.columns + kRowPadding<C>),
+        streams_(problem.grad_x &&
+                 streams<X>(problem.grad_x, plan.active_rows, problem.hidden_size)) {
     const int64_t r = padded<C>(p_.hidden_stride);  // a multiple of every register tile's rows
-    const int64_t weights = Weights::size(p_.hidden_stride, kMostColumns);
-    const int64_t operand = steps<Product>(kRows) * kMostColumns;
-    Scratch scratch(1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * kMostColumns) +
-                           2 * Scratch::bytes<C>(operand) +
-                           2 * Scratch::bytes<C>(kRows * kMostColumns) +
-                           6 * Scratch::bytes<C>(kMostColumns));
+    const int64_t weights = Weights::size(p_.hidden_stride, tiles.columns);
+    const int64_t operand = steps<Product>(kRows) * kPartStride;
+    Scratch scratch(
+        1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * sum_stride_) +
+               2 * Scratch::bytes<C>(operand) + 2 * Scratch::bytes<C>(kRows * kPartStride) +
+               4 * Scratch::bytes<C>(sum_stride_) + 2 * Scratch::bytes<C>(kPartColumns) +
+               Scratch::bytes<const void*>(2 * kRows));
     packed_down_ = scratch.take<C>(weights);
     packed_up_ = scratch.take<C>(weights);
-    down_sum_ = scratch.take<C>(r * kMostColumns);
-    up_sum_ = scratch.take<C>(r * kMostColumns);
+    down_sum_ = scratch.take<C>(r * sum_stride_);
+    up_sum_ = scratch.take<C>(r * sum_stride_);
     x_ = scratch.take<C>(operand);
     gradient_ = scratch.take<C>(operand);
-    out_ = scratch.take<C>(kRows * kMostColumns);
-    product_ = scratch.take<C>(kRows * kMostColumns);
-    norm_weight_ = scratch.take<C>(kMostColumns);
-    norm_bias_ = scratch.take<C>(kMostColumns);
-    norm_weight_sum_ = scratch.take<C>(kMostColumns);
-    norm_bias_sum_ = scratch.take<C>(kMostColumns);
-    for (C*& mask : masks_) mask = scratch.take<C>(kMostColumns);
+    out_ = scratch.take<C>(kRows * kPartStride);
+    product_ = scratch.take<C>(kRows * kPartStride);
+    norm_weight_ = scratch.take<C>(sum_stride_);
+    norm_bias_ = scratch.take<C>(sum_stride_);
+    norm_weight_sum_ = scratch.take<C>(sum_stride_);
+    norm_bias_sum_ = scratch.take<C>(sum_stride_);
+    for (C*& mask : masks_) mask = scratch.take<C>(kPartColumns);
+    next_rows_ = scratch.take<const void*>(2 * kRows);
   }
 
   // Some tiles of all segments: a contiguous range, of about equal cost for each task.
   void run(int64_t task, int64_t tasks) {
-    const auto tile_cost = [&](const Segment& segment) {
-      constexpr int64_t fixed = 16;  // in rows, of what does not depend on their number
-      return (segment.rows + fixed) * tiles_.width(segment);
-    };
-    int64_t total = 0, cost = 0;
+    constexpr int64_t fixed = 16;  // the cost, in rows, of what does not depend on their number
+    const int64_t segments = static_cast<int64_t>(plan_.segments.size());
+    const int64_t total = (plan_.active_rows + fixed * segments) * tiles_.count;
+    int64_t cost = 0;
     for (const Segment& segment : plan_.segments) {
-      total += tiles_.count(segment) * tile_cost(segment);
-    }
-    for (const Segment& segment : plan_.segments) {
-      for (int64_t column = 0; column < width_; column += tiles_.width(segment)) {
+      for (int64_t column = 0; column < width_; column += tiles_.columns) {
         if (cost * tasks / total == task) column_tile(segment, column);
-        cost += tile_cost(segment);
+        cost += segment.rows + fixed;
       }
     }
+    if (streams_) finish_streams();
   }
 
   // All columns of one segment.
   void run(const Segment& segment) {
-    for (int64_t column = 0; column < width_; column += tiles_.width(segment)) {
+    for (int64_t column = 0; column < width_; column += tiles_.columns) {
       column_tile(segment, column);
     }
+    if (streams_) finish_streams();
   }
 
  private:
+  // Rows of a part's buffers do not fall into the same cache sets.
+  static constexpr int64_t kPartStride = kPartColumns + kRowPadding<C>;
+
+  // Some columns of a tile, some rows of a segment.
+  struct Part {
+    const Segment& segment;
+    int64_t first, count;     // rows
+    int64_t column, columns;  // of the hidden size
+    int64_t offset;           // of the columns in their tile
+  };
+
   void column_tile(const Segment& segment, int64_t column) {
     const Wanted wanted(p_, segment.adapter, pre_);
     if (!wanted.anything()) return;
     view_ = adapter_view(p_.adapters, segment.adapter);
     const OutputGradient<C> of_output(p_, plan_, segment);
-    stride_ = tiles_.width(segment);
-    const int64_t r = view_.bottleneck, columns = std::min(stride_, width_ - column);
+    const int64_t r = view_.bottleneck, columns = std::min(tiles_.columns, width_ - column);
     const bool wants_out = !pre_ || of_output.penalized();
     const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
     const AdapterGradients& gradients = p_.gradients[segment.adapter];
     const Sums down_sum =
-        sums(segment, gradients.down, column, width_, columns, down_sum_, stride_);
-    const Sums up_sum = sums(segment, gradients.up, column * r, r, r, up_sum_, padded<C>(r));
+        sums(segment, gradients.down, column, width_, columns, down_sum_, sum_stride_);
+    const Sums up_sum =
+        sums(segment, gradients.up, column * r, r, r, up_sum_, kPairs ? sum_stride_ : padded<C>(r));
     const auto shifted = [&](const void* matrix, int64_t elements) {
       const int64_t size = p_.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
       return static_cast<const void*>(static_cast<const char*>(matrix) + elements * size);
@@ -563,38 +585,48 @@ class ColumnPass {
       up_.prepare(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
                   true, segment.rows, packed_up_);
     }
-    std::fill(norm_weight_sum_, norm_weight_sum_ + stride_, C(0));
-    std::fill(norm_bias_sum_, norm_bias_sum_ + stride_, C(0));
+    std::fill(norm_weight_sum_, norm_weight_sum_ + sum_stride_, C(0));
+    std::fill(norm_bias_sum_, norm_bias_sum_ + sum_stride_, C(0));
     for (int64_t first = 0; first < segment.rows; first += kRows) {
       const int64_t count = std::min(kRows, segment.rows - first);
       const int64_t row_steps = steps<Product>(count);
-      if (wants_gradient) {
-        if (wants_out) {
-          up_.multiply(count, 0, r, 0, columns, results_.activated.rows(segment, first), out_,
-                       stride_, false);
+      const bool adds = first > 0;
+      for (int64_t offset = 0; offset < columns; offset += kPartColumns) {
+        const Part part = {
+            segment, first, count, column + offset, std::min(kPartColumns, columns - offset),
+            offset};
+        Ahead ahead = rows_ahead(part, columns);
+        if (wants_gradient) {
+          if (wants_out) {
+            up_.multiply(count, 0, r, offset, part.columns, results_.activated.rows(segment, first),
+                         out_, kPartStride, false, ahead);
+          }
+          load_gradient(part, of_output);
         }
-        load_gradient(segment, first, count, column, columns, of_output);
-      }
-      if (wanted.up_sum) {
-        if constexpr (kPairs) {  // d_upᵀ [r, columns] += zᵀ du
-          multiply<C, Product>(r, columns, row_steps, results_.activated.transposed(segment, first),
-                               {gradient_, kPanel<C>, stride_}, up_sum_, stride_, first > 0);
-        } else {  // d_up [columns, r] += duᵀ z
-          multiply<C>(columns, r, count, {gradient_, 1, stride_},
-                      results_.activated.right(segment, first), up_sum.data, up_sum.stride,
-                      first > 0);
+        if (wanted.up_sum) {
+          if constexpr (kPairs) {  // d_upᵀ [r, columns] += zᵀ du
+            multiply<C, Product>(r, part.columns, row_steps,
+                                 results_.activated.transposed(segment, first),
+                                 {gradient_, kPanel<C>, kPartStride}, up_sum.data + offset,
+                                 up_sum.stride, adds, ahead);
+          } else {  // d_up [columns, r] += duᵀ z
+            multiply<C>(part.columns, r, count, {gradient_, 1, kPartStride},
+                        results_.activated.right(segment, first),
+                        up_sum.data + offset * up_sum.stride, up_sum.stride, adds, ahead);
+          }
         }
-      }
-      if (wanted.down_sum) {  // d_down [r, columns] += dhᵀ n
-        load_x(segment, first, count, column, columns);
-        multiply<C, Product>(r, columns, row_steps,
-                             results_.hidden_gradient.transposed(segment, first),
-                             {x_, kPanel<C>, stride_}, down_sum.data, down_sum.stride, first > 0);
-      }
-      if (wanted.normalized_gradient) {
-        down_.multiply(count, 0, r, 0, columns, results_.hidden_gradient.rows(segment, first),
-                       product_, stride_, false);
-        finish_rows(segment, first, count, column, columns, pre_ && wanted.norm);
+        if (wanted.down_sum) {  // d_down [r, columns] += dhᵀ n
+          load_x(part);
+          multiply<C, Product>(
+              r, part.columns, row_steps, results_.hidden_gradient.transposed(segment, first),
+              {x_, kPanel<C>, kPartStride}, down_sum.data + offset, down_sum.stride, adds, ahead);
+        }
+        if (wanted.normalized_gradient) {
+          down_.multiply(count, 0, r, offset, part.columns,
+                         results_.hidden_gradient.rows(segment, first), product_, kPartStride,
+                         false, ahead);
+          finish_rows(part, pre_ && wanted.norm);
+        }
       }
     }
     if (p_.weight_type == DataType::kFloat32) {
@@ -624,24 +656,42 @@ class ColumnPass {
     return Plan::row(segment, p_.routing.rows_per_sample, i);
   }
 
-  // A tile's part of a row is too short for the hardware to see where the next one is.
-  template <bool write = false>
-  void prefetch_row(const Segment& segment, int64_t i, const void* matrix, int64_t column,
-                    int64_t columns) const {
-    constexpr int64_t distance = 16, line = 64 / sizeof(X);
-    if (i + distance >= segment.rows) return;
-    const X* from = static_cast<const X*>(matrix) + row(segment, i + distance) * width_ + column;
-    for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(from + c, write, 2);
+  // What the part after this one reads, in a tile of so many columns. A part of a row is too short
+  // for the hardware to see where the next one is.
+  Ahead rows_ahead(const Part& part, int64_t columns) {
+    Part next = part;
+    next.offset += kPartColumns;
+    if (next.offset >= columns) {
+      next.offset = 0;
+      next.first += kRows;
+      next.count = std::min(kRows, part.segment.rows - next.first);
+    }
+    next.column += next.offset - part.offset;
+    next.columns = std::min(kPartColumns, columns - next.offset);
+    int64_t pointers = 0;
+    for (const void* matrix : {p_.grad_y, p_.x}) {
+      for (int64_t i = 0; i < next.count; ++i) {
+        next_rows_[pointers++] = static_cast<const X*>(matrix) + at(next, i);
+      }
+    }
+    Ahead ahead;
+    ahead.set(next_rows_, pointers, next.columns * int64_t{sizeof(X)});
+    return ahead;
+  }
+
+  // Where a row of a part starts in x and in what has its shape.
+  int64_t at(const Part& part, int64_t i) const {
+    return row(part.segment, part.first + i) * width_ + part.column;
   }
 
   // Makes a right operand, its k the rows: row(i) is a function (column, extent) → values.
   template <class Row>
-  void load_right(int64_t count, int64_t columns, C* to, Row&& row) const {
+  void load_right(const Part& part, C* to, Row&& row) const {
     constexpr int in_step = Product::kElements;
-    const int64_t whole = count / in_step, all = steps<Product>(count);
-    for (int64_t step = 0; step < all; ++step, to += stride_) {
+    const int64_t whole = part.count / in_step, all = steps<Product>(part.count);
+    for (int64_t step = 0; step < all; ++step, to += kPartStride) {
       const auto store = [&](const auto&... rows) {
-        for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+        for_each_vector<C>(part.columns, [&](int64_t c, auto extent) {
           Product::store_step(to + c, {rows(c, extent)...});
         });
       };
@@ -650,52 +700,49 @@ class ColumnPass {
       } else if (step < whole) {
         const auto first = row(2 * step);
         store(first, row(2 * step + 1));
-      } else if (2 * step < count) {
+      } else if (2 * step < part.count) {
         store(row(2 * step), [](int64_t, auto) { return Vector<C>{}; });
       } else {
-        std::fill(to, to + stride_, C(0));
+        std::fill(to, to + kPartStride, C(0));
       }
     }
   }
 
   // n = LN(x) (pre) or x (post).
-  void load_x(const Segment& segment, int64_t first, int64_t count, int64_t column,
-              int64_t columns) {
-    load_right(count, columns, x_, [&](int64_t i) {
-      const int64_t at = row(segment, first + i);
-      const X* from = static_cast<const X*>(p_.x) + at * width_ + column;
-      prefetch_row(segment, first + i, p_.x, column, columns);
-      const Vector<C> mean = splat<C>(pre_ ? static_cast<const C*>(p_.mean)[at] : C(0));
-      const Vector<C> rstd = splat<C>(pre_ ? static_cast<const C*>(p_.rstd)[at] : C(1));
-      return [=, this](int64_t c, auto extent) {
+  void load_x(const Part& part) {
+    const C *weight = norm_weight_ + part.offset, *bias = norm_bias_ + part.offset;
+    load_right(part, x_, [&](int64_t i) {
+      const int64_t x_row = row(part.segment, part.first + i);
+      const X* from = static_cast<const X*>(p_.x) + at(part, i);
+      const Vector<C> mean = splat<C>(pre_ ? static_cast<const C*>(p_.mean)[x_row] : C(0));
+      const Vector<C> rstd = splat<C>(pre_ ? static_cast<const C*>(p_.rstd)[x_row] : C(1));
+      const bool pre = pre_;
+      return [=](int64_t c, auto extent) {
         const Vector<C> v = load<C>(from + c, extent);
-        if (!pre_) return v;
-        return (v - mean) * rstd * load<C>(norm_weight_ + c, extent) +
-               load<C>(norm_bias_ + c, extent);
+        if (!pre) return v;
+        return (v - mean) * rstd * load<C>(weight + c, extent) + load<C>(bias + c, extent);
       };
     });
   }
 
   // do (pre) or du (post), and the post norm's own gradients.
-  void load_gradient(const Segment& segment, int64_t first, int64_t count, int64_t column,
-                     int64_t columns, const OutputGradient<C>& of_output) {
+  void load_gradient(const Part& part, const OutputGradient<C>& of_output) {
     if constexpr (kPairs) {
-      if (pre_ && of_output.stored(dropout_)) {
-        return load_stored_gradient(segment, first, count, column, columns);
-      }
+      if (pre_ && of_output.stored(dropout_)) return load_stored_gradient(part);
     }
     const bool masked = dropout_.active();
     const bool penalized = of_output.penalized();
-    load_right(count, columns, gradient_, [&](int64_t i) {
-      const int64_t at = row(segment, first + i);
-      const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
-      const C* out = out_ + i * stride_;
+    const C *norm_weight = norm_weight_ + part.offset, *norm_bias = norm_bias_ + part.offset;
+    C *weight_sum = norm_weight_sum_ + part.offset, *bias_sum = norm_bias_sum_ + part.offset;
+    load_right(part, gradient_, [&](int64_t i) {
+      const int64_t x_row = row(part.segment, part.first + i);
+      const X* grad_y = static_cast<const X*>(p_.grad_y) + at(part, i);
+      const C* out = out_ + i * kPartStride;
       C* mask = masks_[i % Product::kElements];
-      prefetch_row(segment, first + i, p_.grad_y, column, columns);
-      if (masked) dropout_.fill(at, column, columns, mask);
-      const C* sums = results_.sums.get() + 2 * (segment.first_position + first + i);
-      const Vector<C> mean = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.mean)[at]);
-      const Vector<C> rstd = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.rstd)[at]);
+      if (masked) dropout_.fill(x_row, part.column, part.columns, mask);
+      const C* sums = results_.sums.get() + 2 * (part.segment.first_position + part.first + i);
+      const Vector<C> mean = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.mean)[x_row]);
+      const Vector<C> rstd = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.rstd)[x_row]);
       return [=, this](int64_t c, auto extent) -> Vector<C> {
         Vector<C> d = load<C>(grad_y + c, extent);
         Vector<C> scale = of_output.scale;
@@ -704,30 +751,27 @@ class ColumnPass {
           if (penalized) d += of_output.kappa * scale * load<C>(out + c, extent);
           return d * scale;
         }
-        const Vector<C> weight = load<C>(norm_weight_ + c, extent);
+        const Vector<C> weight = load<C>(norm_weight + c, extent);
         const Vector<C> normalized = (load<C>(out + c, extent) - mean) * rstd;
-        const Vector<C> o = normalized * weight + load<C>(norm_bias_ + c, extent);
+        const Vector<C> o = normalized * weight + load<C>(norm_bias + c, extent);
         d = (d + of_output.kappa * scale * o) * scale;
-        store<C>(norm_weight_sum_ + c, load<C>(norm_weight_sum_ + c, extent) + d * normalized,
-                 extent);
-        store<C>(norm_bias_sum_ + c, load<C>(norm_bias_sum_ + c, extent) + d, extent);
+        store<C>(weight_sum + c, load<C>(weight_sum + c, extent) + d * normalized, extent);
+        store<C>(bias_sum + c, load<C>(bias_sum + c, extent) + d, extent);
         return rstd * (d * weight - splat<C>(sums[0]) - normalized * splat<C>(sums[1]));
       };
     });
   }
 
   // do where it is dy, which needs no rounding.
-  void load_stored_gradient(const Segment& segment, int64_t first, int64_t count, int64_t column,
-                            int64_t columns) {
+  void load_stored_gradient(const Part& part) {
     const auto grad_y = [&](int64_t i) {
-      if (i >= count) return static_cast<const X*>(nullptr);
-      prefetch_row(segment, first + i, p_.grad_y, column, columns);
-      return static_cast<const X*>(p_.grad_y) + row(segment, first + i) * width_ + column;
+      if (i >= part.count) return static_cast<const X*>(nullptr);
+      return static_cast<const X*>(p_.grad_y) + at(part, i);
     };
-    for (int64_t step = 0; step < steps<Product>(count); ++step) {
+    for (int64_t step = 0; step < steps<Product>(part.count); ++step) {
       const X *even = grad_y(2 * step), *odd = grad_y(2 * step + 1);
-      C* to = gradient_ + step * stride_;
-      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+      C* to = gradient_ + step * kPartStride;
+      for_each_vector<C>(part.columns, [&](int64_t c, auto extent) {
         store<C>(to + c,
                  Product::load_step(even ? even + c : nullptr, odd ? odd + c : nullptr, extent));
       });
@@ -735,22 +779,20 @@ class ColumnPass {
   }
 
   // From dn (post: dx without the residual) the gradients of x and of the pre norm.
-  void finish_rows(const Segment& segment, int64_t first, int64_t count, int64_t column,
-                   int64_t columns, bool norm) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = row(segment, first + i);
-      const X* x = static_cast<const X*>(p_.x) + at * width_ + column;
-      const X* grad_y = static_cast<const X*>(p_.grad_y) + at * width_ + column;
-      X* to = p_.grad_x ? static_cast<X*>(p_.grad_x) + at * width_ + column : nullptr;
-      if (to) prefetch_row<true>(segment, first + i, p_.grad_x, column, columns);
-      const C* sums = results_.sums.get() + 2 * (segment.first_position + first + i);
-      const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[at]);
-      const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[at]);
+  void finish_rows(const Part& part, bool norm) {
+    for (int64_t i = 0; i < part.count; ++i) {
+      const int64_t x_row = row(part.segment, part.first + i), begin = at(part, i);
+      const X* x = static_cast<const X*>(p_.x) + begin;
+      const X* grad_y = static_cast<const X*>(p_.grad_y) + begin;
+      X* to = p_.grad_x ? static_cast<X*>(p_.grad_x) + begin : nullptr;
+      const C* sums = results_.sums.get() + 2 * (part.segment.first_position + part.first + i);
+      const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[x_row]);
+      const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[x_row]);
       const Vector<C> sum = splat<C>(sums[0]), product_sum = splat<C>(sums[1]);
-      const C *product = product_ + i * stride_, *weight = norm_weight_;
-      C *weight_sum = norm_weight_sum_, *bias_sum = norm_bias_sum_;
-      const bool pre = pre_, residual = p_.residual;
-      for_each_vector<C>(columns, [&](int64_t c, auto extent) {
+      const C *product = product_ + i * kPartStride, *weight = norm_weight_ + part.offset;
+      C *weight_sum = norm_weight_sum_ + part.offset, *bias_sum = norm_bias_sum_ + part.offset;
+      const bool pre = pre_, residual = p_.residual, streams = streams_;
+      for_each_vector<C>(part.columns, [&](int64_t c, auto extent) {
         Vector<C> d = load<C>(product + c, extent);
         if (pre) {
           const Vector<C> normalized = (load<C>(x + c, extent) - mean) * rstd;
@@ -762,6 +804,9 @@ class ColumnPass {
         }
         if (!to) return;
         if (residual) d += load<C>(grad_y + c, extent);
+        if constexpr (std::is_same_v<decltype(extent), FullVector>) {
+          if (streams) return stream<C>(to + c, d);
+        }
         store<C>(to + c, d, extent);
       });
     }
@@ -777,7 +822,7 @@ class ColumnPass {
     if (gradients.up && !up_sum.in_place) {
       W* up = static_cast<W*>(gradients.up) + column * r;
       if constexpr (kPairs) {
-        write_transposed(up_sum.data, r, columns, up);
+        write_transposed(up_sum, r, columns, up);
       } else {
         write_rows(up_sum.data, up_sum.stride, columns, r, up, r);
       }
@@ -800,14 +845,16 @@ class ColumnPass {
   }
 
   template <class W>
-  void write_transposed(const C* from, int64_t r, int64_t columns, W* up) const {
+  static void write_transposed(const Sums& from, int64_t r, int64_t columns, W* up) {
     constexpr int lanes = kLanes<C>;
     for (int64_t c = 0; c < columns; c += lanes) {
       const int64_t rows = std::min<int64_t>(lanes, columns - c);
       for_each_vector<C>(r, [&](int64_t j, auto extent) {
         Vector<C> square[lanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = load<C>(from + (j + i) * stride_ + c);
+        for (int i = 0; i < lanes; ++i) {
+          square[i] = load<C>(from.data + (j + i) * from.stride + c);
+        }
         transpose<C>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
@@ -823,13 +870,14 @@ class ColumnPass {
   const Tiles tiles_;
   const Dropout dropout_;
   const bool pre_;
-  const int64_t width_;
-  int64_t stride_;  // of the tile's buffers
+  const int64_t width_, sum_stride_;
+  const bool streams_;
   AdapterView view_;
   Weights down_, up_;
   C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *x_, *out_, *gradient_, *product_,
       *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_;
   C* masks_[2];
+  const void** next_rows_;
 };
 
 // Gradients of adapters without active rows are zero.
@@ -861,13 +909,13 @@ void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Pa
   RowResults<C, Product> results(problem, plan);
   using Rows = RowPass<X, Product>;
   using Columns = ColumnPass<X, Product>;
-  const typename Columns::Tiles tiles(problem, plan, parallel.threads);
   const int64_t segments = static_cast<int64_t>(plan.segments.size());
   int64_t largest = 0;
   for (const Segment& segment : plan.segments) largest = std::max(largest, segment.rows);
   if (segments >= 2 * parallel.threads && largest * parallel.threads <= plan.active_rows) {
     // Many adapters: each task does some of them whole, so that their weights and rows are still in
     // its cache for the second pass.
+    const typename Columns::Tiles tiles(problem, 1);
     const int64_t tasks = std::min(parallel.threads, segments);
     parallel(tasks, [&](int64_t task) {
       [[maybe_unused]] const typename Product::Setup setup;
@@ -887,9 +935,8 @@ void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Pa
     [[maybe_unused]] const typename Product::Setup setup;
     Rows(problem, plan, results).run(task, row_tasks);
   });
-  int64_t all_tiles = 0;
-  for (const Segment& segment : plan.segments) all_tiles += tiles.count(segment);
-  const int64_t column_tasks = std::min(parallel.threads, all_tiles);
+  const typename Columns::Tiles tiles(problem, parallel.threads);
+  const int64_t column_tasks = std::min(parallel.threads, tiles.count * segments);
   parallel(column_tasks, [&](int64_t task) {
     [[maybe_unused]] const typename Product::Setup setup;
     Columns(problem, plan, results, tiles).run(task, column_tasks);

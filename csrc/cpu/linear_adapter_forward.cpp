@@ -117,7 +117,8 @@ class Forward {
         hidden_stride_(hidden_stride(problem)),
         // The post norm needs a whole row of the second product before it can start.
         out_columns_(pre_ ? kColumnBlock : width_),
-        out_stride_(padded<C>(out_columns_) + kRowPadding<C>) {
+        out_stride_(padded<C>(out_columns_) + kRowPadding<C>),
+        streams_(streams<X>(problem.y, plan.active_rows, problem.hidden_size)) {
     const int64_t r = p_.hidden_stride;
     const int64_t down_size = WeightOperand<X, Product>::size(width_, r);
     const int64_t up_size = WeightOperand<X, Product>::size(r, width_);
@@ -145,15 +146,21 @@ class Forward {
   // Some blocks of rows of all segments.
   void run(int64_t task, int64_t tasks) {
     const Segment* packed = nullptr;
-    for_each_block(plan_, block_rows_, task, tasks,
-                   [&](const Segment& segment, int64_t first, int64_t count) {
-                     if (packed != &segment) {
-                       const Blocks blocks(plan_, segment, block_rows_, tasks);
-                       prepare_adapter(segment, blocks.rows_in_task);
-                     }
-                     packed = &segment;
-                     block(segment, first, count);
-                   });
+    for_each_block(plan_, block_rows_, task, tasks, [&](const Block& block, const Block& next) {
+      const Segment& segment = *block.segment;
+      if (packed != &segment) {
+        const Blocks blocks(plan_, segment, block_rows_, tasks);
+        prepare_adapter(segment, blocks.rows_in_task);
+      }
+      packed = &segment;
+      for (int64_t i = 0; i < next.count; ++i) {
+        const int64_t row = Plan::row(*next.segment, p_.routing.rows_per_sample, next.first + i);
+        next_x_[i] = static_cast<const X*>(p_.x) + row * width_;
+      }
+      ahead_.set(next_x_, next.count, width_ * int64_t{sizeof(X)});
+      run_block(segment, block.first, block.count);
+    });
+    if (streams_) finish_streams();
   }
 
   // A task's share of the columns of h, for all rows of a segment, then of those of y. The tasks
@@ -206,7 +213,7 @@ class Forward {
     up_.prepare(p_, view_.up, view_.up_stride, r, width_, true, rows, packed_up_);
   }
 
-  void block(const Segment& segment, int64_t first, int64_t count) {
+  void run_block(const Segment& segment, int64_t first, int64_t count) {
     start_rows(segment, first, count);
     project_down(count, 0, view_.bottleneck, hidden_);
     save_hidden(count, hidden_);
@@ -275,7 +282,7 @@ class Forward {
         }
       }
       down_.multiply(count, column, columns, first, hidden_columns, {left_, left_stride_, 1},
-                     hidden + first, hidden_stride_, column > 0);
+                     hidden + first, hidden_stride_, column > 0, ahead_);
     }
   }
 
@@ -295,7 +302,7 @@ class Forward {
     for (int64_t column = first; column < end; column += out_columns_) {
       const int64_t columns = std::min(out_columns_, end - column);
       up_.multiply(count, 0, view_.bottleneck, column, columns, {hidden_, hidden_stride_, 1}, out_,
-                   out_stride_, false);
+                   out_stride_, false, ahead_);
       for (int64_t i = 0; i < count; ++i) {
         if (!pre_) moments(out_ + i * out_stride_, width_, p_.eps, mean_ + i, rstd_ + i);
         for (int64_t start = 0; start < columns; start += kColumnBlock) {
@@ -315,7 +322,7 @@ class Forward {
       const X* from = x(i) + column;
       X* to = y(i) + column;
       const C *weight = norm_weight_ + column, *bias = norm_bias_ + column, *mask = mask_;
-      const bool residual = p_.residual, penalized = penalties_ != nullptr;
+      const bool residual = p_.residual, penalized = penalties_ != nullptr, streams = streams_;
       Vector<C> squares = {};
       for_each_vector<C>(columns, [&](int64_t at, auto extent) {
         Vector<C> d = load<C>(o + at, extent);
@@ -325,7 +332,11 @@ class Forward {
         if constexpr (masked) d *= load<C>(mask + at, extent);
         d *= scale;
         if (penalized) squares += d * d;
-        store<C>(to + at, residual ? load<C>(from + at, extent) + d : d, extent);
+        const Vector<C> result = residual ? load<C>(from + at, extent) + d : d;
+        if constexpr (std::is_same_v<decltype(extent), FullVector>) {
+          if (streams) return stream<C>(to + at, result);
+        }
+        store<C>(to + at, result, extent);
       });
       if (penalized) penalty_[i] += horizontal_sum<C>(squares);
     };
@@ -344,6 +355,9 @@ class Forward {
   const Dropout dropout_;
   const bool pre_;
   const int64_t width_, block_rows_, left_stride_, hidden_stride_, out_columns_, out_stride_;
+  const bool streams_;
+  Ahead ahead_;
+  const void* next_x_[kMostBlockRows];
   AdapterView view_;
   WeightOperand<X, Product> down_, up_;
   C *packed_down_, *packed_up_, *norm_weight_, *norm_bias_, *mean_, *rstd_, *penalty_, *left_,

@@ -104,6 +104,16 @@ static void round_operand(const LinearAdapterProblem& problem, C* values, int64_
   });
 }
 
+// Results that are not read soon, since there are more than caches hold, go to memory past them:
+// caches would read each line before it is written.
+template <class X>
+ADAPTER_EXT_HOST_DEVICE bool streams(const void* results, int64_t rows, int64_t columns) {
+  constexpr int64_t many_bytes = 4 << 20;
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(X));
+  return rows * row_bytes >= many_bytes && row_bytes % kVectorBytes == 0 &&
+         reinterpret_cast<uintptr_t>(results) % kVectorBytes == 0;
+}
+
 // The norm's vectors of one adapter, in the accumulate type.
 template <class X>
 static void unpack_vector(DataType type, const void* from, int64_t count, Accumulate<X>* to) {
@@ -152,13 +162,14 @@ class WeightOperand {
   // first_k and column first_column (multiples of kBlockK and of the panel width).
   void multiply(int64_t rows, int64_t first_k, int64_t k_count, int64_t first_column,
                 int64_t columns, const LeftOperand<C>& left, C* out, int64_t out_row,
-                bool accumulate) const {
+                bool accumulate, Ahead& ahead) const {
     if (mode_ == kWhole) {
       const int64_t panel_stride = steps<Product>(k_count_) * kPanel<C>;
       const C* part =
           memory_ + first_column / kPanel<C> * panel_stride + steps<Product>(first_k) * kPanel<C>;
       return cpu::multiply<C, Product>(rows, columns, steps<Product>(k_count), left,
-                                       {part, panel_stride, kPanel<C>}, out, out_row, accumulate);
+                                       {part, panel_stride, kPanel<C>}, out, out_row, accumulate,
+                                       ahead);
     }
     if (mode_ == kStored) {
       with_stored(first_k, first_column, [&](const auto* part) {
@@ -184,7 +195,7 @@ class WeightOperand {
         if constexpr (std::is_same_v<W, C>) {
           column = columns / kLanes<C> * kLanes<C>;
           cpu::multiply<C, Product>(rows, column, k_count, left, {part, kPanel<C>, stride_}, out,
-                                    out_row, accumulate);
+                                    out_row, accumulate, ahead);
         }
       });
     }
@@ -198,7 +209,7 @@ class WeightOperand {
         cpu::multiply<C, Product>(rows, part, steps<Product>(block),
                                   left.from(0, steps<Product>(k)),
                                   {memory_, steps<Product>(block) * kPanel<C>, kPanel<C>},
-                                  out + column, out_row, accumulate || k > 0);
+                                  out + column, out_row, accumulate || k > 0, ahead);
       }
     }
   }
@@ -295,9 +306,17 @@ struct Dropout {
   }
 };
 
+// Rows of a segment that are worked on together.
+struct Block {
+  const Segment* segment;
+  int64_t first;
+  int64_t count;
+};
+
 // Splits the row blocks of all segments over tasks of about equal cost, each a contiguous range so
-// that a task packs an adapter's weights once, and calls body(segment, first, count) for those of
-// one task. Packing an adapter costs about as much as kPackingRows rows.
+// that a task packs an adapter's weights once, and calls body(block, next) for those of one task,
+// `next` the one that follows or empty. Packing an adapter costs about as much as kPackingRows
+// rows.
 template <class Body>
 static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task, int64_t tasks,
                            Body&& body) {
@@ -305,16 +324,22 @@ static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task
   const int64_t total =
       plan.active_rows + kPackingRows * static_cast<int64_t>(plan.segments.size());
   int64_t cost = 0;
+  Block ready = {};
   for (const Segment& segment : plan.segments) {
     const int64_t blocks = Blocks(plan, segment, rows_in_block, tasks).count;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * segment.rows / blocks;
       const int64_t count = (block + 1) * segment.rows / blocks - first;
-      if ((2 * cost + count) * tasks / (2 * total) == task) body(segment, first, count);
+      if ((2 * cost + count) * tasks / (2 * total) == task) {
+        const Block block = {&segment, first, count};
+        if (ready.count > 0) body(ready, block);
+        ready = block;
+      }
       cost += count;
     }
     cost += kPackingRows;
   }
+  if (ready.count > 0) body(ready, Block{});
 }
 
 }  // namespace ADAPTER_EXT_CPU_LEVEL

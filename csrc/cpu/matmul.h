@@ -213,11 +213,51 @@ struct RightOperand {
   int64_t k_stride;
 };
 
-// Asks for what lies `ahead` of the right operand's rows beforehand.
+// Rows that are needed next. Products ask memory for a cache line of them with every step, so that
+// it works while they compute.
+class Ahead {
+ public:
+  // Pointers to `count` rows of so many bytes; the pointers stay where they are.
+  void set(const void* const* rows, int64_t count, int64_t bytes) {
+    rows_ = rows;
+    count_ = count;
+    bytes_ = (bytes + kLine - 1) / kLine * kLine;
+    next_row();
+  }
+
+  ADAPTER_EXT_HOST_DEVICE void next_line() {
+    __builtin_prefetch(line_, 0, 2);
+    line_ += step_;
+    if (line_ == end_) next_row();
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  ADAPTER_EXT_HOST_DEVICE void next_row() {
+    if (count_ == 0) {  // stays where it is
+      step_ = 0;
+      end_ = nullptr;
+      return;
+    }
+    --count_;
+    line_ = static_cast<const char*>(*rows_++);
+    end_ = line_ + bytes_;
+    step_ = kLine;
+  }
+
+  const char* line_ = reinterpret_cast<const char*>(this);
+  const char* end_ = nullptr;
+  const void* const* rows_ = nullptr;
+  int64_t count_ = 0, bytes_ = 0, step_ = 0;
+};
+
+// Asks for what lies `b_ahead` of the right operand's rows beforehand.
 template <class C, class Product, int rows, int vectors>
 static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k,
-                 int64_t ahead, C* out, int64_t out_row, bool accumulate) {
+                 int64_t b_ahead, C* out, int64_t out_row, bool accumulate, Ahead& rows_ahead) {
   using V = Vector<C>;
+  Ahead ahead = rows_ahead;
   V sum[rows][vectors] = {};
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
@@ -234,8 +274,9 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       right[v] = load<C>(b + v * kLanes<C>);
-      __builtin_prefetch(b + ahead + v * kLanes<C>);
+      __builtin_prefetch(b + b_ahead + v * kLanes<C>);
     }
+    ahead.next_line();
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
       const V value = Product::splat(a[row / group] + row % group * left.row_stride);
@@ -247,6 +288,7 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
 #pragma GCC unroll 4
     for (const C*& from : a) from += left.k_stride;
   }
+  rows_ahead = ahead;
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
@@ -260,13 +302,15 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
 template <class C, class Product, int vectors, int rows = kTileRows>
 ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
                                           const LeftOperand<C>& left, const C* b, int64_t b_k,
-                                          int64_t ahead, C* out, int64_t out_row, bool accumulate) {
+                                          int64_t b_ahead, C* out, int64_t out_row, bool accumulate,
+                                          Ahead& ahead) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, Product, rows, vectors>(k_count, left, b, b_k, ahead, out, out_row, accumulate);
+      tile<C, Product, rows, vectors>(k_count, left, b, b_k, b_ahead, out, out_row, accumulate,
+                                      ahead);
     } else {
-      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, ahead, out,
-                                                  out_row, accumulate);
+      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, b_ahead, out,
+                                                  out_row, accumulate, ahead);
     }
   }
 }
@@ -275,8 +319,9 @@ ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
 // Row tiles by column tiles of a product.
 template <int row_tiles, int column_tiles>
 static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* b, int64_t b_k,
-                  float* out, int64_t out_row, bool accumulate) {
+                  float* out, int64_t out_row, bool accumulate, Ahead& rows_ahead) {
   constexpr int tile = TileDot::kTile;
+  Ahead ahead = rows_ahead;
   const int64_t left_bytes = left.row_stride * 4, right_bytes = b_k * 4, out_bytes = out_row * 4;
   float* const right_out = out + tile;
   float* const low_out = out + tile * out_row;
@@ -307,7 +352,9 @@ static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* 
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (column_tiles == 2) _tile_dpbf16ps(3, 5, 7);
     }
+    for (int i = 0; i < row_tiles * column_tiles; ++i) ahead.next_line();
   }
+  rows_ahead = ahead;
   _tile_stored(0, out, out_bytes);
   if constexpr (column_tiles == 2) _tile_stored(1, right_out, out_bytes);
   if constexpr (row_tiles == 2) _tile_stored(2, low_out, out_bytes);
@@ -317,7 +364,7 @@ static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* 
 // multiply() below, with tile registers; k is contiguous in the left operand.
 static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftOperand<float> left,
                            const RightOperand<float>& right, float* out, int64_t out_row,
-                           bool accumulate) {
+                           bool accumulate, Ahead& ahead) {
   constexpr int tile = TileDot::kTile;
   left.data = TileDot::order_memory(left.data);
   for (int64_t column = 0; column < columns; column += kPanel<float>) {
@@ -327,7 +374,7 @@ static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftO
       const auto run = rows - row <= tile ? (narrow ? tiles<1, 1> : tiles<1, 2>)
                                           : (narrow ? tiles<2, 1> : tiles<2, 2>);
       run(k_count, left.from(row, 0), b, right.k_stride, out + row * out_row + column, out_row,
-          accumulate);
+          accumulate, ahead);
     }
   }
 }
@@ -338,9 +385,10 @@ static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftO
 // the padding of `right`.
 template <class C, class Product = MultiplyAdd<C>>
 static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftOperand<C>& left,
-                     const RightOperand<C>& right, C* out, int64_t out_row, bool accumulate) {
+                     const RightOperand<C>& right, C* out, int64_t out_row, bool accumulate,
+                     Ahead& ahead) {
   if constexpr (Product::kStepGroup > 1) {
-    return multiply_tiles(rows, columns, k_count, left, right, out, out_row, accumulate);
+    return multiply_tiles(rows, columns, k_count, left, right, out, out_row, accumulate, ahead);
   }
   if (k_count == 0 && !accumulate) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -355,14 +403,14 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
       const bool narrow = columns - column <= kLanes<C>;
       // The hardware does not see where the next panel is if its rows lie far apart.
       const bool apart = right.k_stride > kPanel<C> && columns - column > kPanel<C>;
-      const int64_t ahead = apart ? right.panel_stride : 0;
+      const int64_t b_ahead = apart ? right.panel_stride : 0;
       for (int64_t row = 0; row < rows; row += kTileRows) {
         const int64_t count = std::min<int64_t>(kTileRows, rows - row);
         C* to = out + row * out_row + column;
         const auto run =
             narrow ? tile_of_rows<C, Product, 1> : tile_of_rows<C, Product, kPanelVectors>;
-        run(count, block, left.from(row, k), b, right.k_stride, ahead, to, out_row,
-            accumulate || k > 0);
+        run(count, block, left.from(row, k), b, right.k_stride, b_ahead, to, out_row,
+            accumulate || k > 0, ahead);
       }
     }
   }

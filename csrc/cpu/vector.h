@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -153,6 +153,37 @@ ADAPTER_EXT_HOST_DEVICE void store(X* to, Vector<C> v) {
     const auto narrow = __builtin_convertvector(v, typename VectorOf<X, lanes>::type);
     std::memcpy(to, &narrow, sizeof(narrow));
   }
+}
+
+// Stores past the caches, for which `to` is a multiple of the size of the values; before others
+// read them, finish_streams().
+template <class C, class X>
+ADAPTER_EXT_HOST_DEVICE void stream(X* to, Vector<C> v) {
+  struct {
+    X lane[kLanes<C>];
+  } values;
+  store<C>(values.lane, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(values) == 64) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bit_cast<__m512i>(values));
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(values) == 32) {
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bit_cast<__m256i>(values));
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(values) == 16) {
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to), bit_cast<__m128i>(values));
+  }
+#endif
+  std::memcpy(to, &values, sizeof(values));
+}
+ADAPTER_EXT_HOST_DEVICE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // A full vector, or the first `count` lanes of one (the others are zero).
