@@ -232,7 +232,9 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
+  // A line is asked for several times: the buffers for lines on their way are few, and the operands
+  // of products, which come from a cache, need them too.
+  static constexpr int64_t kLine = 64, kStep = kLine / 4;
 
   ADAPTER_EXT_HOST_DEVICE void next_row() {
     if (count_ == 0) {  // stays where it is
@@ -243,7 +245,7 @@ class Ahead {
     --count_;
     line_ = static_cast<const char*>(*rows_++);
     end_ = line_ + bytes_;
-    step_ = kLine;
+    step_ = kStep;
   }
 
   const char* line_ = reinterpret_cast<const char*>(this);
@@ -321,6 +323,7 @@ template <int row_tiles, int column_tiles>
 static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* b, int64_t b_k,
                   float* out, int64_t out_row, bool accumulate, Ahead& rows_ahead) {
   constexpr int tile = TileDot::kTile;
+  constexpr int kAheadSteps = 8;  // for two tiles that are multiplied
   Ahead ahead = rows_ahead;
   const int64_t left_bytes = left.row_stride * 4, right_bytes = b_k * 4, out_bytes = out_row * 4;
   float* const right_out = out + tile;
@@ -352,7 +355,7 @@ static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* 
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (column_tiles == 2) _tile_dpbf16ps(3, 5, 7);
     }
-    for (int i = 0; i < row_tiles * column_tiles; ++i) ahead.next_line();
+    for (int i = 0; i < kAheadSteps * row_tiles * column_tiles; ++i) ahead.next_line();
   }
   rows_ahead = ahead;
   _tile_stored(0, out, out_bytes);
