@@ -41,7 +41,8 @@ KINK_MARGIN = 0.03
 
 # Whether the CUDA kernels run the ops; --backend and tests of the CUDA kernels set it.
 tensor_cores = False
-_CPU_ROUNDS_BFLOAT16 = _C.cpu_capability().endswith("_bf16")
+# Whether the CPU kernels multiply in bfloat16; those of other processors (tests/aarch64) do not.
+cpu_rounds_bfloat16 = _C.cpu_capability().endswith("_bf16")
 
 Results = dict[str, Tensor]
 
@@ -322,7 +323,7 @@ def tolerance(*dtypes: torch.dtype | None) -> tuple[float, float]:
     if tensor_cores:
         rounded = rtol > TOLERANCES[torch.float32][0]
     else:
-        rounded = _CPU_ROUNDS_BFLOAT16 and dtypes[0] == torch.bfloat16
+        rounded = cpu_rounds_bfloat16 and dtypes[0] == torch.bfloat16
     return rtol, (TENSOR_CORE_FACTOR if rounded else 1.0) * atol
 
 

@@ -28,26 +28,14 @@ def run(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# The level in use is what all other tests run; those above it may need another machine.
-every_lower_level = pytest.mark.parametrize("capability", COMPILED[: COMPILED.index(IN_USE)])
-
-
-@every_lower_level
+# The level in use is what all other tests run; those above it may need another machine. CI runs all
+# op tests at each lower one.
+@pytest.mark.parametrize("capability", COMPILED[: COMPILED.index(IN_USE)])
 def test_lower_level(capability: str) -> None:
     show = run(capability, "-c", "from adapter_ext import _C; print(_C.cpu_capability())")
     assert show.stdout.strip() == capability, show.stderr
-    run_tests(capability, "-k", "test_dtypes", "test_linear_adapter.py")
-
-
-@pytest.mark.slow
-@every_lower_level
-def test_lower_level_fully(capability: str) -> None:
-    run_tests(capability, "test_linear_adapter.py", "test_bitwise.py")
-
-
-def run_tests(capability: str, *arguments: str) -> None:
-    paths = [str(HERE / a) if a.endswith(".py") else a for a in arguments]
-    result = run(capability, "-m", "pytest", "-x", *paths)
+    tests = str(HERE / "test_linear_adapter.py")
+    result = run(capability, "-m", "pytest", "-x", "-k", "test_dtypes", tests)
     assert result.returncode == 0, result.stdout[-3000:]
 
 

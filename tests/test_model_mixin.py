@@ -120,7 +120,7 @@ def goes_through(model, operation, path, number):
     return True
 
 
-@pytest.mark.parametrize("density", [4, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("density", [4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_whatever_step_fails_the_model_is_as_it_was(kind, operation, density, tmp_path):

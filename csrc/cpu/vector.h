@@ -23,6 +23,13 @@ struct Float16 {
   uint16_t bits;
 };
 
+// The compiler's own 16-bit float, which converts. Before 13, GCC has _Float16 in C++ on x86 alone.
+#if defined(__aarch64__)
+using NativeFloat16 = __fp16;
+#else
+using NativeFloat16 = _Float16;
+#endif
+
 inline namespace ADAPTER_EXT_CPU_LEVEL {
 
 #if defined(__AVX512F__)
@@ -97,7 +104,7 @@ ADAPTER_EXT_HOST_DEVICE Vector<C> load(const X* from) {
       return bit_cast<Vector<C>>(_mm256_cvtph_ps(half));
     }
 #endif
-    typename VectorOf<_Float16, lanes>::type half;
+    typename VectorOf<NativeFloat16, lanes>::type half;
     std::memcpy(&half, from, sizeof(half));
     return __builtin_convertvector(half, Vector<C>);
   } else {
@@ -147,7 +154,7 @@ ADAPTER_EXT_HOST_DEVICE void store(X* to, Vector<C> v) {
       return;
     }
 #endif
-    const auto half = __builtin_convertvector(v, typename VectorOf<_Float16, lanes>::type);
+    const auto half = __builtin_convertvector(v, typename VectorOf<NativeFloat16, lanes>::type);
     std::memcpy(to, &half, sizeof(half));
   } else {
     const auto narrow = __builtin_convertvector(v, typename VectorOf<X, lanes>::type);

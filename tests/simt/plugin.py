@@ -1,4 +1,7 @@
-"""The pytest option ``--backend``: op tests on the CUDA kernels, run by a GPU or by a simulator."""
+"""The pytest option ``--backend``: op tests on kernels that this machine's processor can't run.
+
+They are the CUDA kernels, on a GPU or in a simulator, and the CPU kernels for AArch64, in QEMU.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import op_testing
 import pytest
 import torch
+from aarch64 import emulator
 from simt import build
 
 from adapter_ext import _library, doctor, ops
@@ -72,10 +76,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("adapter_ext")
     group.addoption(
         "--backend",
-        choices=["native", "cuda", *FLAVOURS],
+        choices=["native", "aarch64", "cuda", *FLAVOURS],
         default="native",
-        help="what runs the ops: the CPU kernels, the CUDA kernels on a GPU, or those on CPU "
-        "tensors in a simulator (simt-race finds races, simt-sanitize needs what .ci/run preloads)",
+        help="what runs the ops: the CPU kernels, those for AArch64 in QEMU, the CUDA kernels on a "
+        "GPU, or those on CPU tensors in a simulator (simt-race finds races, simt-sanitize needs "
+        "what .ci/run preloads)",
     )
     group.addoption("--simt-seed", type=int, default=0, help="0: warps and lanes in order")
     group.addoption("--simt-block-order", choices=list(BLOCK_ORDERS), default="ascending")
@@ -84,6 +89,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     backend = config.getoption("--backend")
     if backend == "native":
+        return
+    if backend == "aarch64":
+        reason = emulator.missing()
+        if reason:
+            raise pytest.UsageError(f"--backend aarch64: {reason}")
+        op_testing.cpu_rounds_bfloat16 = False
+        for name, op in emulator.emulated_ops().items():
+            setattr(ops, name, op)
         return
     if backend == "cuda":
         if not torch.cuda.is_available() or _library.CUDA_LIBRARY is None:
