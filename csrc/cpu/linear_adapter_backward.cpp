@@ -70,6 +70,16 @@ class RowMatrix {
     }
   }
 
+  // What a product with the rows from the first on reads: two pieces.
+  void pieces(const Segment& segment, int64_t first, Ahead::Piece* to) const {
+    const int64_t count = std::min(kRows, segment.rows - first), size = sizeof(C);
+    to[0] = {row(segment, first), count * stride_ * size};
+    to[1] = {};
+    if constexpr (kPairs) {
+      to[1] = {block(segment, first), columns_ * block_steps(segment, first) * size};
+    }
+  }
+
   // Sets the transpose of some rows: where elements are paired in steps, it is a matrix of its own.
   void set_transposed(const Segment& segment, int64_t first, int64_t count, int64_t columns,
                       const C* from, int64_t from_stride) {
@@ -299,11 +309,13 @@ class RowPass {
     if (prepared_ != &segment) prepare_adapter(segment, blocks.rows_in_task);
     prepared_ = &segment;
     for (int64_t i = 0; i < next.count; ++i) {
-      next_gradient_[i] =
-          static_cast<const X*>(p_.grad_y) + row(*next.segment, next.first + i) * width_;
+      const int64_t at = row(*next.segment, next.first + i), r = p_.hidden_stride;
+      next_[2 * i] = {static_cast<const C*>(p_.hidden) + at * r, r * int64_t{sizeof(C)}};
+      next_[2 * i + 1] = {static_cast<const X*>(p_.grad_y) + at * width_,
+                          width_ * int64_t{sizeof(X)}};
     }
     Ahead ahead;
-    ahead.set(next_gradient_, next.count, width_ * int64_t{sizeof(X)});
+    ahead.set(next_, 2 * next.count);
     activate_rows(segment, first, count);
     for (int64_t column = 0; column < width_; column += block_columns_) {
       const int64_t columns = std::min(block_columns_, width_ - column);
@@ -453,7 +465,7 @@ class RowPass {
   AdapterView view_;
   bool wants_hidden_, wants_out_;
   bool stored_;  // do is dy
-  const void* next_gradient_[kMostBlockRows];
+  Ahead::Piece next_[2 * kMostBlockRows];
   Weights up_, up_transposed_;
   C *packed_up_, *packed_up_transposed_, *norm_weight_, *norm_bias_, *down_weight_, *down_bias_,
       *gradient_, *out_, *activated_, *hidden_gradient_, *mask_;
@@ -505,8 +517,7 @@ class ColumnPass {
     Scratch scratch(
         1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * sum_stride_) +
                2 * Scratch::bytes<C>(operand) + 2 * Scratch::bytes<C>(kRows * kPartStride) +
-               4 * Scratch::bytes<C>(sum_stride_) + 2 * Scratch::bytes<C>(kPartColumns) +
-               Scratch::bytes<const void*>(2 * kRows));
+               4 * Scratch::bytes<C>(sum_stride_) + 2 * Scratch::bytes<C>(kPartColumns));
     packed_down_ = scratch.take<C>(weights);
     packed_up_ = scratch.take<C>(weights);
     down_sum_ = scratch.take<C>(r * sum_stride_);
@@ -520,7 +531,6 @@ class ColumnPass {
     norm_weight_sum_ = scratch.take<C>(sum_stride_);
     norm_bias_sum_ = scratch.take<C>(sum_stride_);
     for (C*& mask : masks_) mask = scratch.take<C>(kPartColumns);
-    next_rows_ = scratch.take<const void*>(2 * kRows);
   }
 
   // Some tiles of all segments: a contiguous range, of about equal cost for each task.
@@ -595,7 +605,7 @@ class ColumnPass {
         const Part part = {
             segment, first, count, column + offset, std::min(kPartColumns, columns - offset),
             offset};
-        Ahead ahead = rows_ahead(part, columns);
+        Ahead ahead = after(part, columns);
         if (wants_gradient) {
           if (wants_out) {
             up_.multiply(count, 0, r, offset, part.columns, results_.activated.rows(segment, first),
@@ -658,24 +668,30 @@ class ColumnPass {
 
   // What the part after this one reads, in a tile of so many columns. A part of a row is too short
   // for the hardware to see where the next one is.
-  Ahead rows_ahead(const Part& part, int64_t columns) {
+  Ahead after(const Part& part, int64_t columns) {
     Part next = part;
+    int64_t pieces = 0;
     next.offset += kPartColumns;
     if (next.offset >= columns) {
       next.offset = 0;
       next.first += kRows;
       next.count = std::min(kRows, part.segment.rows - next.first);
+      if (next.count > 0) {
+        results_.activated.pieces(next.segment, next.first, next_);
+        results_.hidden_gradient.pieces(next.segment, next.first, next_ + 2);
+        pieces = 4;
+      }
     }
     next.column += next.offset - part.offset;
     next.columns = std::min(kPartColumns, columns - next.offset);
-    int64_t pointers = 0;
     for (const void* matrix : {p_.grad_y, p_.x}) {
       for (int64_t i = 0; i < next.count; ++i) {
-        next_rows_[pointers++] = static_cast<const X*>(matrix) + at(next, i);
+        next_[pieces++] = {static_cast<const X*>(matrix) + at(next, i),
+                           next.columns * int64_t{sizeof(X)}};
       }
     }
     Ahead ahead;
-    ahead.set(next_rows_, pointers, next.columns * int64_t{sizeof(X)});
+    ahead.set(next_, pieces);
     return ahead;
   }
 
@@ -877,7 +893,7 @@ class ColumnPass {
   C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *x_, *out_, *gradient_, *product_,
       *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_;
   C* masks_[2];
-  const void** next_rows_;
+  Ahead::Piece next_[2 * kRows + 4];
 };
 
 // Gradients of adapters without active rows are zero.

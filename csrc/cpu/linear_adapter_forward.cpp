@@ -155,9 +155,9 @@ class Forward {
       packed = &segment;
       for (int64_t i = 0; i < next.count; ++i) {
         const int64_t row = Plan::row(*next.segment, p_.routing.rows_per_sample, next.first + i);
-        next_x_[i] = static_cast<const X*>(p_.x) + row * width_;
+        next_[i] = {static_cast<const X*>(p_.x) + row * width_, width_ * int64_t{sizeof(X)}};
       }
-      ahead_.set(next_x_, next.count, width_ * int64_t{sizeof(X)});
+      ahead_.set(next_, next.count);
       run_block(segment, block.first, block.count);
     });
     if (streams_) finish_streams();
@@ -357,7 +357,7 @@ class Forward {
   const int64_t width_, block_rows_, left_stride_, hidden_stride_, out_columns_, out_stride_;
   const bool streams_;
   Ahead ahead_;
-  const void* next_x_[kMostBlockRows];
+  Ahead::Piece next_[kMostBlockRows];
   AdapterView view_;
   WeightOperand<X, Product> down_, up_;
   C *packed_down_, *packed_up_, *norm_weight_, *norm_bias_, *mean_, *rstd_, *penalty_, *left_,

@@ -213,22 +213,26 @@ struct RightOperand {
   int64_t k_stride;
 };
 
-// Rows that are needed next. Products ask memory for a cache line of them with every step, so that
-// it works while they compute.
+// What is needed next, in pieces. Products ask memory for a cache line of it with every few steps,
+// so that it works while they compute.
 class Ahead {
  public:
-  // Pointers to `count` rows of so many bytes; the pointers stay where they are.
-  void set(const void* const* rows, int64_t count, int64_t bytes) {
-    rows_ = rows;
+  struct Piece {
+    const void* from;
+    int64_t bytes;
+  };
+
+  // The pieces stay where they are.
+  void set(const Piece* pieces, int64_t count) {
+    pieces_ = pieces;
     count_ = count;
-    bytes_ = (bytes + kLine - 1) / kLine * kLine;
-    next_row();
+    next_piece();
   }
 
   ADAPTER_EXT_HOST_DEVICE void next_line() {
     __builtin_prefetch(line_, 0, 2);
     line_ += step_;
-    if (line_ == end_) next_row();
+    if (line_ == end_) next_piece();
   }
 
  private:
@@ -236,30 +240,35 @@ class Ahead {
   // of products, which come from a cache, need them too.
   static constexpr int64_t kLine = 64, kStep = kLine / 4;
 
-  ADAPTER_EXT_HOST_DEVICE void next_row() {
+  ADAPTER_EXT_HOST_DEVICE void next_piece() {
+    while (count_ > 0 && pieces_->bytes == 0) {
+      ++pieces_;
+      --count_;
+    }
     if (count_ == 0) {  // stays where it is
       step_ = 0;
       end_ = nullptr;
       return;
     }
     --count_;
-    line_ = static_cast<const char*>(*rows_++);
-    end_ = line_ + bytes_;
+    line_ = static_cast<const char*>(pieces_->from);
+    end_ = line_ + (pieces_->bytes + kLine - 1) / kLine * kLine;
+    ++pieces_;
     step_ = kStep;
   }
 
   const char* line_ = reinterpret_cast<const char*>(this);
   const char* end_ = nullptr;
-  const void* const* rows_ = nullptr;
-  int64_t count_ = 0, bytes_ = 0, step_ = 0;
+  const Piece* pieces_ = nullptr;
+  int64_t count_ = 0, step_ = 0;
 };
 
 // Asks for what lies `b_ahead` of the right operand's rows beforehand.
 template <class C, class Product, int rows, int vectors>
 static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k,
-                 int64_t b_ahead, C* out, int64_t out_row, bool accumulate, Ahead& rows_ahead) {
+                 int64_t b_ahead, C* out, int64_t out_row, bool accumulate, Ahead& pieces_ahead) {
   using V = Vector<C>;
-  Ahead ahead = rows_ahead;
+  Ahead ahead = pieces_ahead;
   V sum[rows][vectors] = {};
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
@@ -290,7 +299,7 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
 #pragma GCC unroll 4
     for (const C*& from : a) from += left.k_stride;
   }
-  rows_ahead = ahead;
+  pieces_ahead = ahead;
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
@@ -321,10 +330,10 @@ ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
 // Row tiles by column tiles of a product.
 template <int row_tiles, int column_tiles>
 static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* b, int64_t b_k,
-                  float* out, int64_t out_row, bool accumulate, Ahead& rows_ahead) {
+                  float* out, int64_t out_row, bool accumulate, Ahead& pieces_ahead) {
   constexpr int tile = TileDot::kTile;
   constexpr int kAheadSteps = 8;  // for two tiles that are multiplied
-  Ahead ahead = rows_ahead;
+  Ahead ahead = pieces_ahead;
   const int64_t left_bytes = left.row_stride * 4, right_bytes = b_k * 4, out_bytes = out_row * 4;
   float* const right_out = out + tile;
   float* const low_out = out + tile * out_row;
@@ -357,7 +366,7 @@ static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* 
     }
     for (int i = 0; i < kAheadSteps * row_tiles * column_tiles; ++i) ahead.next_line();
   }
-  rows_ahead = ahead;
+  pieces_ahead = ahead;
   _tile_stored(0, out, out_bytes);
   if constexpr (column_tiles == 2) _tile_stored(1, right_out, out_bytes);
   if constexpr (row_tiles == 2) _tile_stored(2, low_out, out_bytes);
