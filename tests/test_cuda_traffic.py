@@ -80,23 +80,25 @@ def test_page_is_whole_and_on_target():
     cases = {str(case): case for case in cuda_traffic.cases()}
     assert lines.keys() == cases.keys()
     counts = {name: cuda_traffic.counts_in(cells) for name, cells in lines.items()}
-    assert [cuda_traffic.missed(case, counts[name]) for name, case in cases.items()] == [
-        [] for _ in cases
-    ]
+    assert [
+        word for name in counts for word in cuda_traffic.missed(cases[name], counts[name])
+    ] == []
 
 
 def test_exemptions_are_needed():
-    """Each is of lines that miss the target, and of none that would meet it by far."""
+    """Each has a line that misses the target."""
     _, lines, _ = cuda_traffic.parse_page(cuda_traffic.PAGE.read_text())
     for exemption in cuda_traffic.EXEMPTIONS:
-        plain = cuda_traffic.TARGETS[exemption.column]
-        numbers = [
-            cuda_traffic.counts_in(lines[str(case)])[exemption.column]
+        column = exemption.column
+        assert any(
+            cuda_traffic.is_worse(
+                column,
+                cuda_traffic.counts_in(lines[str(case)])[column],
+                cuda_traffic.targets(case)[column],
+            )
             for case in cuda_traffic.cases()
             if exemption.applies(case)
-        ]
-        worst = (min if exemption.column.endswith("efficiency") else max)(numbers)
-        assert cuda_traffic.is_worse(exemption.column, worst, plain), exemption.reason
+        ), exemption.reason
 
 
 def test_x_is_twice_the_cache():
