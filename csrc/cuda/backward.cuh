@@ -415,11 +415,18 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
           dh[e] = C(0);
         }
       }
-      first = dh[0];
-      second = dh[1];
+      if constexpr (sizeof(T) == 2) {  // all together: by itself a pair is half of what is written
+        first = dh[0];
+        second = dh[1];
+      } else if (i < count && j < params.padded) {
+        store_pair<Space::kGlobal>(hidden_gradients + i * params.padded + j,
+                                   P::round(dh[0], tile.rounding), P::round(dh[1], tile.rounding));
+      }
     });
-    hidden_gradient.store_operands(hidden_gradients + block * kBlock, params.padded, count,
-                                   params.padded - block * kBlock, tile.rounding);
+    if constexpr (sizeof(T) == 2) {
+      hidden_gradient.store_operands(hidden_gradients + block * kBlock, params.padded, count,
+                                     params.padded - block * kBlock);
+    }
     if (!tile.pre) continue;
     // Over the lanes of a row, then over groups of columns: in one order, whatever the tile.
     C* of_groups = shared_at<C>(params.gradient[0]);  // [kBlock / 16, rows, 2]

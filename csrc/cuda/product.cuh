@@ -186,42 +186,31 @@ struct Product {
     }
   }
 
-  // Writes the sums, rounded to operands, to `rows` rows in memory that have `columns` of them, a
-  // multiple of 16, and begin at multiples of 32 bytes.
-  __device__ __forceinline__ void store_operands(T* to, int64_t pitch, int rows, int64_t columns,
-                                                 DataType rounding) {
-    if constexpr (sizeof(T) == 2) {
-      // Four lanes have two neighbours each in the same row of two tiles, half a sector of each.
-      // They exchange them for four neighbours each, which together are a sector.
-      const Warp warp;
-      const bool second_tile = warp.t & 2, second_half = warp.t & 1;
+  // Writes the sums, rounded to 16-bit operands, to `rows` rows in memory that have `columns` of
+  // them, a multiple of 16, and begin at multiples of 32 bytes. Four lanes have two neighbours each
+  // in the same row of two tiles, half a sector of each; they exchange them for four neighbours
+  // each, which together are a sector.
+  __device__ __forceinline__ void store_operands(T* to, int64_t pitch, int rows, int64_t columns) {
+    const Warp warp;
+    const bool second_tile = warp.t & 2, second_half = warp.t & 1;
 #pragma unroll
-      for (int i = 0; i < kTiles; i += 2) {
+    for (int i = 0; i < kTiles; i += 2) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t pair[2] = {pair_bits<T>(sum[i][2 * half], sum[i][2 * half + 1]),
-                                    pair_bits<T>(sum[i + 1][2 * half], sum[i + 1][2 * half + 1])};
-          const uint32_t own = second_tile ? pair[1] : pair[0];
-          const uint32_t other = __shfl_xor_sync(0xffffffffu, second_tile ? pair[0] : pair[1], 2);
-          const bool keeps_own = second_tile == second_half;
-          const uint32_t kept = keeps_own ? own : other;
-          const uint32_t received = __shfl_xor_sync(0xffffffffu, keeps_own ? other : own, 1);
-          const uint32_t words[2] = {second_half ? received : kept, second_half ? kept : received};
-          const int row = warp.first_row + warp.g + 8 * half;
-          const int column =
-              warp.first_column + 8 * (i + second_tile) + 4 * static_cast<int>(second_half);
-          if (row < rows && column < columns) {
-            store_words<Space::kGlobal>(to + row * pitch + column, words);
-          }
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t pair[2] = {pair_bits<T>(sum[i][2 * half], sum[i][2 * half + 1]),
+                                  pair_bits<T>(sum[i + 1][2 * half], sum[i + 1][2 * half + 1])};
+        const uint32_t own = second_tile ? pair[1] : pair[0];
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, second_tile ? pair[0] : pair[1], 2);
+        const bool keeps_own = second_tile == second_half;
+        const uint32_t kept = keeps_own ? own : other;
+        const uint32_t received = __shfl_xor_sync(0xffffffffu, keeps_own ? other : own, 1);
+        const uint32_t words[2] = {second_half ? received : kept, second_half ? kept : received};
+        const int row = warp.first_row + warp.g + 8 * half;
+        const int column = warp.first_column + 8 * (i + second_tile) + 4 * second_half;
+        if (row < rows && column < columns) {
+          store_words<Space::kGlobal>(to + row * pitch + column, words);
         }
       }
-    } else {
-      for_each_pair([&](int row, int column, C first, C second, int) {
-        if (row < rows && column < columns) {
-          store_pair<Space::kGlobal>(to + row * pitch + column, P::round(first, rounding),
-                                     P::round(second, rounding));
-        }
-      });
     }
   }
 
