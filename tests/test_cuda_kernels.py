@@ -184,8 +184,10 @@ class TestKernels:
     def test_stacked(self) -> None:
         check(Case(bottlenecks=(6, 6, 6), stacked=True, options=TRAINING))
 
-    def test_more_adapters_than_launch_parameters_hold(self) -> None:
-        check(Case(shape=(50, 24), bottlenecks=(3, 1, 2, 4) * 10))
+    @pytest.mark.parametrize("adapters", [40, 200])
+    def test_more_adapters_than_launch_parameters_hold(self, adapters: int) -> None:
+        """And more than are searched all together."""
+        check(Case(shape=(50, 24), bottlenecks=(3, 1, 2, 4) * (adapters // 4)))
 
     def test_return_result(self) -> None:
         check(Case(options={"residual": False}))

@@ -29,9 +29,10 @@ WEIGHTS = 2 * (2 * 512 + 2 * 16 * 512) * 2
 KEPT = 1000 * (16 + 2) * 4
 
 
-def _launch(kernel: str) -> cuda_traffic.Launch:
+def _launch(kernel: str, shared_bytes: int = 64 * 512 * 2) -> cuda_traffic.Launch:
     return {
         "kernel": kernel,
+        "dynamic_smem": shared_bytes,
         "global_load_sectors": 400,
         "global_load_ideal_sectors": 300,
         "global_store_sectors": 200,
@@ -74,6 +75,60 @@ def test_page_has_what_is_checked():
         assert all(value > 0 for value in cuda_traffic.counts_in(cells).values())
 
 
+def test_page_is_whole_and_on_target():
+    _, lines, _ = cuda_traffic.parse_page(cuda_traffic.PAGE.read_text())
+    cases = {str(case): case for case in cuda_traffic.cases()}
+    assert lines.keys() == cases.keys()
+    counts = {name: cuda_traffic.counts_in(cells) for name, cells in lines.items()}
+    assert [
+        word for name in counts for word in cuda_traffic.missed(cases[name], counts[name])
+    ] == []
+
+
+def test_exemptions_are_needed():
+    """Each has a line that misses the target."""
+    _, lines, _ = cuda_traffic.parse_page(cuda_traffic.PAGE.read_text())
+    for exemption in cuda_traffic.EXEMPTIONS:
+        column = exemption.column
+        assert any(
+            cuda_traffic.is_worse(
+                column,
+                cuda_traffic.counts_in(lines[str(case)])[column],
+                cuda_traffic.targets(case)[column],
+            )
+            for case in cuda_traffic.cases()
+            if exemption.applies(case)
+        ), exemption.reason
+
+
+def test_x_is_twice_the_cache():
+    cases = [case for case in cuda_traffic.cases() if case.mode != "decode"]
+    large = [case for case in cases if case.rows > 512]
+    assert len(large) == 2 * 2 * 4 * 2 * 3
+    for case in large:
+        row = case.hidden_size * cuda_traffic.DTYPES[case.dtype].itemsize
+        assert case.rows * row >= 2 * cuda_traffic.EIGHTH.cache * 2**20
+        assert case.rows >= 64 * cuda_traffic.EIGHTH.multiprocessors
+
+
+@pytest.mark.parametrize("column", cuda_traffic.TARGETS)
+def test_missed_target(column):
+    met = {**COUNTS, **cuda_traffic.TARGETS}
+    assert cuda_traffic.missed(CASE, met) == []
+    worse = {**met, column: met[column] * _factor(column, 1.01)}
+    (message,) = cuda_traffic.missed(CASE, worse)
+    assert message.startswith(f"{CASE}: {column} is ")
+
+
+def test_exemption(monkeypatch):
+    exemption = cuda_traffic.Exemption("", cuda_traffic.DRAM, 1.3, lambda case: case.adapters == 2)
+    monkeypatch.setattr(cuda_traffic, "EXEMPTIONS", (exemption,))
+    counts = {**COUNTS, **cuda_traffic.TARGETS, cuda_traffic.DRAM: 1.25}
+    assert cuda_traffic.missed(CASE, counts) == []
+    assert cuda_traffic.missed(CASE, {**counts, cuda_traffic.DRAM: 1.31})
+    assert cuda_traffic.missed(dataclasses.replace(CASE, adapters=3), counts)
+
+
 def test_page():
     cells = cuda_traffic.line(CASE, [_launch(KERNEL), _launch(KERNEL)], COUNTS)
     text = cuda_traffic.measure.markdown_table(cuda_traffic.HEADER, [cells])
@@ -81,7 +136,7 @@ def test_page():
     before, lines, after = cuda_traffic.parse_page(page)
     assert f"{before}{text}\n{after}" == page
     assert lines == {str(CASE): cells}
-    assert cells[1] == "forward 64"
+    assert cells[1:3] == ["forward 64", "2"]
     assert cuda_traffic.counts_in(cells) == COUNTS
     with pytest.raises(ValueError, match="columns"):
         cuda_traffic.parse_page(page.replace("L2", "L3"))
@@ -106,6 +161,11 @@ def test_kernel_names():
 def test_ideal(mode, kernels, ideal):
     case = dataclasses.replace(CASE, mode=mode)
     assert cuda_traffic.ideal_bytes(case, map(_launch, kernels)) == ideal
+
+
+def test_ideal_without_room_for_the_rows():
+    launches = [_launch(KERNEL, shared_bytes=64 * 512 * 2 - 1)]
+    assert cuda_traffic.ideal_bytes(CASE, launches) == 3 * PASS + WEIGHTS + KEPT
 
 
 def test_counts():

@@ -398,9 +398,9 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
     copy_async_wait<0>();
     constexpr int groups = Product<P, S>::kTiles / 2;         // of 16 columns
     C mean_sum[groups][2] = {}, product_sum[groups][2] = {};  // of the warp's rows g and g + 8
-    hidden_gradient.for_each_pair([&](int i, int column, C first_dz, C second_dz, int pair) {
+    hidden_gradient.for_each_pair([&](int i, int column, C& first, C& second, int pair) {
       const int64_t j = block * kBlock + column;
-      C dh[2] = {first_dz, second_dz}, h[2] = {};
+      C dh[2] = {first, second}, h[2] = {};
       if (tile.active()[i])
         load_pair(h, hidden + tile.row()[i] * b.hidden_stride, j, r, b.hidden_stride);
 #pragma unroll
@@ -415,11 +415,18 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
           dh[e] = C(0);
         }
       }
-      if (i < count && j < params.padded) {
+      if constexpr (sizeof(T) == 2) {  // all together: by itself a pair is half of what is written
+        first = dh[0];
+        second = dh[1];
+      } else if (i < count && j < params.padded) {
         store_pair<Space::kGlobal>(hidden_gradients + i * params.padded + j,
                                    P::round(dh[0], tile.rounding), P::round(dh[1], tile.rounding));
       }
     });
+    if constexpr (sizeof(T) == 2) {
+      hidden_gradient.store_operands(hidden_gradients + block * kBlock, params.padded, count,
+                                     params.padded - block * kBlock);
+    }
     if (!tile.pre) continue;
     // Over the lanes of a row, then over groups of columns: in one order, whatever the tile.
     C* of_groups = shared_at<C>(params.gradient[0]);  // [kBlock / 16, rows, 2]

@@ -2,6 +2,10 @@
 // tiles are too few to keep the device busy (decode), the first product is split along D and the
 // second along its columns, in kernels of their own. An element's value does not depend on which
 // kernels made it: sums over D are taken by chunks, in the same order.
+//
+// Where shared memory has no room for all columns of x, the first ones are read three times: by the
+// norm from the first to the last, by the first product from the last to the first, and for y from
+// the first again. So what was read last is read next, while the cache still has it.
 #pragma once
 
 #include "cuda/instances.h"
@@ -106,7 +110,8 @@ class ForwardTile : public RowTile<X, P, S> {
   // A row of x from a column on, up to the end of a block of columns: in shared memory once it is
   // there.
   __device__ __forceinline__ const X* x(int i, int64_t column) const {
-    if (column < layout.x_columns) return shared_at<X>(layout.x) + i * layout.x_columns + column;
+    const int64_t resident = column - (width - layout.x_columns);
+    if (resident >= 0) return shared_at<X>(layout.x) + i * layout.x_columns + resident;
     return static_cast<const X*>(f.x) + row()[i] * width + column;
   }
 
@@ -115,7 +120,7 @@ class ForwardTile : public RowTile<X, P, S> {
   __device__ __forceinline__ void load_x() const {
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     for (int i = warp; i < count; i += S::kWarps) {
-      const X* from = static_cast<const X*>(f.x) + row()[i] * width;
+      const X* from = static_cast<const X*>(f.x) + (row()[i] + 1) * width - layout.x_columns;
       X* to = shared_at<X>(layout.x) + i * layout.x_columns;
       if (x_aligned) {
         for (int c = lane * kVector<X>; c < layout.x_columns; c += 32 * kVector<X>) {
@@ -186,13 +191,14 @@ class ForwardTile : public RowTile<X, P, S> {
   }
 
   // The first product for one block of the bottleneck: calls function(chunk, sums) for some chunks
-  // of columns of x, in order. Barriers come before the first access to the buffers.
+  // of columns of x, from the last to the first. Barriers come before the first access to the
+  // buffers.
   template <class Function>
   __device__ __forceinline__ void down(int64_t block, int64_t first_chunk, int64_t end_chunk,
                                        Function&& function) const {
     constexpr int chunk_steps = kChunk / kStep<P>;
     const WeightMatrix matrix = this->Base::down();
-    const int64_t all = (width + kStep<P> - 1) / kStep<P>;
+    const int64_t all = (width + kStep<P> - 1) / kStep<P>, begin = first_chunk * chunk_steps;
     const int64_t end = end_chunk * chunk_steps < all ? end_chunk * chunk_steps : all;
     const int64_t left_columns = view.bottleneck - block * kBlock;
     const int columns = left_columns < kBlock ? static_cast<int>(left_columns) : kBlock;
@@ -205,19 +211,19 @@ class ForwardTile : public RowTile<X, P, S> {
     Sums sums;
     sums.clear();
     __syncthreads();
-    fill(first_chunk * chunk_steps);
-    for (int64_t step = first_chunk * chunk_steps; step < end; ++step) {
+    fill(end - 1);
+    for (int64_t step = end - 1; step >= begin; --step) {
       T* left = shared_at<T>(layout.left[step & 1]);
       fill_tile<P, S, S::kRows, kStep<P>>(
           left, kStepPitch<P>, this->rounding,
           [&](int i, int at, auto& values) { operand(i, step * kStep<P> + at, values); });
       copy_async_wait<0>();
       __syncthreads();
-      if (step + 1 < end) fill(step + 1);
+      if (step > begin) fill(step - 1);
       sums.template multiply<true, true>(left, kStepPitch<P>,
                                          shared_at<T>(layout.weights[step & 1]), kStepPitch<P>,
                                          kStep<P>, columns);
-      if ((step + 1) % chunk_steps == 0 || step + 1 == end) {
+      if (step % chunk_steps == 0) {
         function(step / chunk_steps, sums);
         sums.clear();
       }
@@ -548,9 +554,10 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
     for (int64_t j = threadIdx.x % 32 * 2; j < padded; j += 64) {
       C sum[2] = {};
       if (i < count && j < stride) {
-        const C* from = static_cast<const C*>(params.partials) + (first + i) * stride + j;
+        const C* from = static_cast<const C*>(params.partials) +
+                        ((chunks - 1) * f.rows + first + i) * stride + j;
 #pragma unroll 4
-        for (int64_t chunk = 0; chunk < chunks; ++chunk, from += f.rows * stride) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk, from -= f.rows * stride) {
           C part[2];
           load_aligned(part, from);
           sum[0] += part[0];

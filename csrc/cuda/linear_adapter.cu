@@ -15,8 +15,10 @@ struct ListParams {
 static_assert(sizeof(ListParams) <= 4096);
 
 __global__ void list_kernel(const __grid_constant__ ListParams params) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (i < params.count) params.to[i] = params.from[i];
+  const int words = params.count * static_cast<int>(sizeof(Adapter) / 8);
+  uint64_t* to = reinterpret_cast<uint64_t*>(params.to);
+  const uint64_t* from = reinterpret_cast<const uint64_t*>(params.from);
+  for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) to[i] = from[i];
 }
 
 const AdapterGradients* gradients_of(const LinearAdapterForward&) { return nullptr; }
@@ -70,7 +72,7 @@ Call<ProblemType> make_call(const ProblemType& problem, void* workspace, int64_t
     params.to = list + first;
     params.count = static_cast<int>(std::min<int64_t>(count - first, Adapters::kInline));
     some(params.from, first, params.count);
-    launch("linear_adapter's list of adapters", &list_kernel, dim3(1), 64, 0, stream, params);
+    launch("linear_adapter's list of adapters", &list_kernel, dim3(1), kThreads, 0, stream, params);
   }
   return call;
 }

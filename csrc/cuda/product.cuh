@@ -172,7 +172,7 @@ struct Product {
   }
 
   // Calls function(row, column, two sums in neighbouring columns, which pair of the lane's: 0 and 1
-  // are those of the first tile of 8 columns, in rows g and g + 8).
+  // are those of the first tile of 8 columns, in rows g and g + 8). It may change the sums.
   template <class Function>
   __device__ __forceinline__ void for_each_pair(Function&& function) {
     const Warp warp;
@@ -182,6 +182,34 @@ struct Product {
       for (int half = 0; half < 2; ++half) {
         function(warp.first_row + warp.g + 8 * half, warp.first_column + 8 * i + 2 * warp.t,
                  sum[i][2 * half], sum[i][2 * half + 1], 2 * i + half);
+      }
+    }
+  }
+
+  // Writes the sums, rounded to 16-bit operands, to `rows` rows in memory that have `columns` of
+  // them, a multiple of 16, and begin at multiples of 32 bytes. Four lanes have two neighbours each
+  // in the same row of two tiles, half a sector of each; they exchange them for four neighbours
+  // each, which together are a sector.
+  __device__ __forceinline__ void store_operands(T* to, int64_t pitch, int rows, int64_t columns) {
+    const Warp warp;
+    const bool second_tile = warp.t & 2, second_half = warp.t & 1;
+#pragma unroll
+    for (int i = 0; i < kTiles; i += 2) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t pair[2] = {pair_bits<T>(sum[i][2 * half], sum[i][2 * half + 1]),
+                                  pair_bits<T>(sum[i + 1][2 * half], sum[i + 1][2 * half + 1])};
+        const uint32_t own = second_tile ? pair[1] : pair[0];
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, second_tile ? pair[0] : pair[1], 2);
+        const bool keeps_own = second_tile == second_half;
+        const uint32_t kept = keeps_own ? own : other;
+        const uint32_t received = __shfl_xor_sync(0xffffffffu, keeps_own ? other : own, 1);
+        const uint32_t words[2] = {second_half ? received : kept, second_half ? kept : received};
+        const int row = warp.first_row + warp.g + 8 * half;
+        const int column = warp.first_column + 8 * (i + second_tile) + 4 * second_half;
+        if (row < rows && column < columns) {
+          store_words<Space::kGlobal>(to + row * pitch + column, words);
+        }
       }
     }
   }

@@ -19,7 +19,7 @@ struct SharedLayout {
                                 // that does not fit: not `activated_resident`) none
   int sums;                     // results [rows, 64]
   bool activated_resident;
-  int x_columns;        // those that shared memory has room for
+  int x_columns;        // the last ones, as many as shared memory has room for
   int activated_pitch;  // in elements
   int bytes;
 };
@@ -81,13 +81,13 @@ SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit) {
   return layout;
 }
 
-// Adds the rows of x, or as many whole blocks of their columns as there is room for.
+// Adds the rows of x, or their columns behind as many whole blocks as there is no room for.
 template <class X>
 void take_x(SharedLayout& layout, int64_t rows, int64_t columns, int64_t limit) {
   SharedRoom room(layout.bytes);
   const int64_t fit = (limit - layout.bytes) / (rows * static_cast<int64_t>(sizeof(X)));
-  layout.x_columns =
-      static_cast<int>(fit >= columns ? columns : std::max<int64_t>(fit, 0) / kBlock * kBlock);
+  const int64_t left_out = round_up(std::max<int64_t>(columns - fit, 0), kBlock);
+  layout.x_columns = static_cast<int>(std::max<int64_t>(columns - left_out, 0));
   layout.x = room.take<X>(rows * layout.x_columns);
   layout.bytes = static_cast<int>(room.bytes());
 }

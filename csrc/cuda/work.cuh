@@ -44,12 +44,13 @@ struct Divisor {
 
 // The adapters' weights, and in the backward their gradients. Up to kInline adapters travel with
 // the launch parameters; longer lists lie in device memory, stacks are described by their first.
-struct Adapter {
+// In whole sectors of 32 bytes, so that none is read for a neighbour.
+struct alignas(32) Adapter {
   AdapterView view;
   AdapterGradients gradients;
 };
 struct Adapters {
-  static constexpr int kInline = 36;  // as many as launch parameters have room for
+  static constexpr int kInline = 32;  // as many as launch parameters have room for
 
   const Adapter* list;  // in device memory, or null
   bool stacked;
@@ -152,7 +153,8 @@ struct Parts {
       return by_row ? position : size.divide(position) + a;
     };
     int64_t low = 0, count = routing.adapters + 1;
-    while (count > 1) {
+    constexpr int neighbours = 4 * 32;  // are looked at all together: they lie in few sectors
+    while (count > neighbours) {
       const int64_t step = (count + 31) / 32;
       const bool before = lane * step < count && first_block(low + lane * step) <= block;
       const int top = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, before)));
@@ -160,6 +162,15 @@ struct Parts {
       low += top * step;
       count = count - top * step < step ? count - top * step : step;
     }
+    int before = 0;
+#pragma unroll
+    for (int first = 0; first < neighbours; first += 32) {
+      if (first >= count) break;
+      const int i = first + lane;
+      before += __popc(__ballot_sync(0xffffffffu, i < count && first_block(low + i) <= block));
+    }
+    require(before > 0);
+    low += before - 1;
     const int64_t begin = first_position(routing, low), end = first_position(routing, low + 1);
     require(begin >= 0 && begin <= end && end <= routing.samples * routing.rows_per_sample);
     const int64_t index = block - first_block(low);
