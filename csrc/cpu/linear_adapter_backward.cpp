@@ -489,7 +489,7 @@ class ColumnPass {
     int64_t columns;
 
     Tiles(const LinearAdapterBackward& problem, int64_t tasks) {
-      constexpr int64_t sum_bytes = 384 << 10, least_columns = 64;  // a multiple of every panel
+      constexpr int64_t sum_bytes = 512 << 10, least_columns = 64;  // a multiple of every panel
       const int64_t column_bytes = 2 * padded<C>(problem.hidden_stride) * int64_t{sizeof(C)};
       const int64_t fitting = std::max(sum_bytes / column_bytes, least_columns);
       const auto pieces = [&](int64_t size) { return (problem.hidden_size + size - 1) / size; };

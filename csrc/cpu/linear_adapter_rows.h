@@ -104,14 +104,16 @@ static void round_operand(const LinearAdapterProblem& problem, C* values, int64_
   });
 }
 
-// Results that are not read soon, since there are more than caches hold, go to memory past them:
-// caches would read each line before it is written.
+// Whether results go to memory past the caches, which would read each line before it is written: if
+// there are more than a second-level cache holds. New memory is in the caches already, since the
+// kernel has just cleared the page.
 template <class X>
-ADAPTER_EXT_HOST_DEVICE bool streams(const void* results, int64_t rows, int64_t columns) {
+static bool streams(const void* results, int64_t rows, int64_t columns) {
   constexpr int64_t many_bytes = 4 << 20;
-  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(X));
-  return rows * row_bytes >= many_bytes && row_bytes % kVectorBytes == 0 &&
-         reinterpret_cast<uintptr_t>(results) % kVectorBytes == 0;
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(X)), bytes = rows * row_bytes;
+  return bytes >= many_bytes && row_bytes % kVectorBytes == 0 &&
+         reinterpret_cast<uintptr_t>(results) % kVectorBytes == 0 &&
+         has_page(static_cast<const char*>(results) + bytes / 2);
 }
 
 // The norm's vectors of one adapter, in the accumulate type.

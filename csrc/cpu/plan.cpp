@@ -1,5 +1,10 @@
 #include "cpu/plan.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -91,6 +96,18 @@ void Plan::build(const LinearAdapterProblem& problem) {
     const int64_t begin = routing.offsets[routing.adapters];
     if (begin < routing.samples) untouched.push_back(all(begin, routing.samples));
   }
+}
+
+bool has_page(const void* address) {
+#if defined(__linux__)
+  const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  void* page = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / size * size);
+  unsigned char state = 0;
+  return mincore(page, 1, &state) != 0 || (state & 1) != 0;
+#else
+  static_cast<void>(address);
+  return true;
+#endif
 }
 
 void* thread_scratch(int slot, int64_t bytes) {

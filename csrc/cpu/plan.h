@@ -65,6 +65,10 @@ struct Plan {
   std::vector<int64_t> dropped_;
 };
 
+// Whether an address has a page of memory already; not so what is allocated and was never written.
+// True where the system does not say.
+bool has_page(const void* address);
+
 // Two buffers of the calling thread, by slot, 64-byte aligned, at least `bytes` long. They are kept
 // for the next call, since fresh memory costs a page fault every 4 KiB. Throws std::bad_alloc.
 void* thread_scratch(int slot, int64_t bytes);
