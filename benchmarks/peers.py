@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -272,31 +272,87 @@ def compiled(problem: Problem) -> Implementation:
     return loop(problem, lambda function: torch.compile(function, dynamic=False, fullgraph=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class Padded:
+    """The rows of each adapter that has some, padded to the longest adapter's.
+
+    Attributes:
+        order: the row of x for each padded one, [adapters, rows] flat.
+        back: the padded row for each row of x.
+        used: the adapters that have rows; None: all.
+        shape: adapters that have rows, and rows of each.
+    """
+
+    order: Tensor
+    back: Tensor
+    used: Tensor | None
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, problem: Problem) -> Padded:
+        """How a problem's rows are padded."""
+        device = problem.x.device
+        rows = Sorted.of(problem)
+        longest, adapters = max(rows.counts), len(rows.used)
+        lengths = torch.tensor(rows.counts, device=device)
+        first = lengths.cumsum(0) - lengths
+        groups = torch.arange(adapters, device=device).repeat_interleave(lengths)
+        slot = groups * longest + torch.arange(len(problem.x), device=device) - first[groups]
+        order = torch.zeros(adapters * longest, dtype=torch.int64, device=device)
+        order[slot] = rows.order
+        unused = adapters < len(problem.weights.down)
+        used = torch.tensor(rows.used, device=device) if unused else None
+        return cls(order, slot[rows.inverse], used, (adapters, longest))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The padded rows of x, [adapters, rows, D]."""
+        return x.index_select(0, self.order).view(*self.shape, -1)
+
+    def scatter(self, y: Tensor) -> Tensor:
+        """The inverse of ``gather``."""
+        return y.flatten(0, 1).index_select(0, self.back)
+
+    def select(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The weights that are used, picked in each call."""
+        if self.used is None:
+            return weights
+        return [field.index_select(0, self.used) for field in weights]
+
+
 def bmm(problem: Problem) -> Implementation:
     """Batched products: the rows of each adapter padded to the longest, weights stacked before."""
     x, stacked = problem.x, problem.stacked
-    rows = Sorted.of(problem)
-    used = torch.tensor(rows.used, device=x.device)
-    selects = len(used) < len(problem.weights.down)  # the weights that are used, in each call
-    longest = max(rows.counts)
-    lengths = torch.tensor(rows.counts, device=x.device)
-    first = lengths.cumsum(0) - lengths
-    groups = torch.arange(len(used), device=x.device).repeat_interleave(lengths)
-    slot = groups * longest + torch.arange(len(x), device=x.device) - first[groups]
-    padded = torch.zeros(len(used) * longest, dtype=torch.int64, device=x.device)
-    padded[slot] = rows.order
-    back = slot[rows.inverse]
+    rows = Padded.of(problem)
 
     def forward() -> Tensor:
-        fields = [field.index_select(0, used) for field in stacked] if selects else stacked
-        norm_weight, norm_bias, down, up = fields
-        inputs = x.index_select(0, padded).view(len(used), longest, -1)
+        norm_weight, norm_bias, down, up = rows.select(stacked)
+        inputs = rows.gather(x)
         n = F.layer_norm(inputs, x.shape[-1:], eps=EPS)
         n = torch.addcmul(norm_bias.unsqueeze(1), n, norm_weight.unsqueeze(1))
         z = F.silu(torch.bmm(n, down.mT))
-        return torch.baddbmm(inputs, z, up.mT).flatten(0, 1).index_select(0, back)
+        return rows.scatter(torch.baddbmm(inputs, z, up.mT))
 
     return on_stacks(problem, forward)
+
+
+def folded(problem: Problem) -> Implementation:
+    """``bmm`` with the norm's weight and bias folded into the first product before.
+
+    It has no backward: training would fold them anew in each step.
+    """
+    x = problem.x.detach()
+    norm_weight, norm_bias, down, up = (field.detach() for field in problem.stacked)
+    weights = (down * norm_weight.unsqueeze(1), (down @ norm_bias.unsqueeze(2)).mT, up)
+    rows = Padded.of(problem)
+
+    def forward() -> Tensor:
+        down, bias, up = rows.select(weights)
+        inputs = rows.gather(x)
+        n = F.layer_norm(inputs, x.shape[-1:], eps=EPS)
+        z = F.silu(torch.baddbmm(bias, n, down.mT))
+        return rows.scatter(torch.baddbmm(inputs, z, up.mT))
+
+    return Implementation(forward, {})
 
 
 def grouped(problem: Problem) -> Implementation:
@@ -381,6 +437,7 @@ PEERS = {
     "index": Peer(by_index),
     "compile": Peer(compiled),
     "bmm": Peer(bmm),
+    "folded": Peer(folded, trains=False),
     "grouped": Peer(grouped),
     "onednn": Peer(onednn, trains=False),
 }

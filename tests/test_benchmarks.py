@@ -239,9 +239,9 @@ def test_a_case_is_checked_and_measured(
     measured = [name for name in ("ours", *wanted) if name not in result.skipped]
     assert list(result.seconds) == [*measured, "copy", "fma"]
     assert list(result.ratios) == measured[1:]
-    assert set(result.skipped) <= {"grouped", "onednn"}
-    if mode == TRAINING and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        assert result.skipped["onednn"] == "no backward"
+    assert set(result.skipped) <= {"folded", "grouped", "onednn"}
+    if mode == TRAINING:
+        assert result.skipped["folded"] == "no backward"
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -249,7 +249,7 @@ def test_a_case_is_checked_and_measured(
 def test_adapters_without_rows(mode: str, stacked: bool, probes: ceilings.Probes) -> None:
     case = Case(mode, "fp32", 16, 4, 8, 16, "zipf", stacked=stacked)
     assert case.used_adapters() < 8
-    done = swept([case], ["eager", "index", "bmm", "grouped", "onednn"], probes)
+    done = swept([case], ["eager", "index", "bmm", "folded", "grouped", "onednn"], probes)
     assert not done.failures
     assert {"ours", "eager", "bmm"} <= set(done.results[0].seconds)
 
