@@ -545,7 +545,7 @@ class ColumnPass {
         cost += segment.rows + fixed;
       }
     }
-    if (streams_) finish_streams();
+    finish_streams();
   }
 
   // All columns of one segment.
@@ -553,7 +553,7 @@ class ColumnPass {
     for (int64_t column = 0; column < width_; column += tiles_.columns) {
       column_tile(segment, column);
     }
-    if (streams_) finish_streams();
+    finish_streams();
   }
 
  private:
@@ -600,12 +600,12 @@ class ColumnPass {
     for (int64_t first = 0; first < segment.rows; first += kRows) {
       const int64_t count = std::min(kRows, segment.rows - first);
       const int64_t row_steps = steps<Product>(count);
-      const bool adds = first > 0;
+      const auto into = [first](const Sums& sums) { return first > 0 ? Into::kSum : sums.first; };
       for (int64_t offset = 0; offset < columns; offset += kPartColumns) {
         const Part part = {
             segment, first, count, column + offset, std::min(kPartColumns, columns - offset),
             offset};
-        Ahead ahead = after(part, columns);
+        Ahead ahead = after(part);
         if (wants_gradient) {
           if (wants_out) {
             up_.multiply(count, 0, r, offset, part.columns, results_.activated.rows(segment, first),
@@ -618,18 +618,19 @@ class ColumnPass {
             multiply<C, Product>(r, part.columns, row_steps,
                                  results_.activated.transposed(segment, first),
                                  {gradient_, kPanel<C>, kPartStride}, up_sum.data + offset,
-                                 up_sum.stride, adds, ahead);
+                                 up_sum.stride, into(up_sum), ahead);
           } else {  // d_up [columns, r] += duᵀ z
             multiply<C>(part.columns, r, count, {gradient_, 1, kPartStride},
                         results_.activated.right(segment, first),
-                        up_sum.data + offset * up_sum.stride, up_sum.stride, adds, ahead);
+                        up_sum.data + offset * up_sum.stride, up_sum.stride, into(up_sum), ahead);
           }
         }
         if (wanted.down_sum) {  // d_down [r, columns] += dhᵀ n
           load_x(part);
-          multiply<C, Product>(
-              r, part.columns, row_steps, results_.hidden_gradient.transposed(segment, first),
-              {x_, kPanel<C>, kPartStride}, down_sum.data + offset, down_sum.stride, adds, ahead);
+          multiply<C, Product>(r, part.columns, row_steps,
+                               results_.hidden_gradient.transposed(segment, first),
+                               {x_, kPanel<C>, kPartStride}, down_sum.data + offset,
+                               down_sum.stride, into(down_sum), ahead);
         }
         if (wanted.normalized_gradient) {
           down_.multiply(count, 0, r, offset, part.columns,
@@ -652,38 +653,44 @@ class ColumnPass {
     C* data;
     int64_t stride;
     bool in_place;
+    Into first;  // what becomes of the first rows' products
   };
   Sums sums(const Segment& segment, void* gradient, int64_t first, int64_t stride, int64_t columns,
             C* scratch, int64_t scratch_stride) const {
     const bool converts = (p_.weight_type == DataType::kFloat32) != std::is_same_v<C, float>;
     if (!gradient || segment.rows > kRows || converts || columns % kLanes<C> != 0) {
-      return {scratch, scratch_stride, false};
+      return {scratch, scratch_stride, false, Into::kNew};
     }
-    return {static_cast<C*>(gradient) + first, stride, true};
+    const int64_t matrix_rows = view_.bottleneck * width_ / stride;
+    const Into into = streams<C>(gradient, matrix_rows, stride) ? Into::kStream : Into::kNew;
+    return {static_cast<C*>(gradient) + first, stride, true, into};
   }
 
   int64_t row(const Segment& segment, int64_t i) const {
     return Plan::row(segment, p_.routing.rows_per_sample, i);
   }
 
-  // What the part after this one reads, in a tile of so many columns. A part of a row is too short
-  // for the hardware to see where the next one is.
-  Ahead after(const Part& part, int64_t columns) {
+  // What the part after this one reads: in the same rows, in the next, or in the next tile. A part
+  // of a row is too short for the hardware to see where the next one is.
+  Ahead after(const Part& part) {
     Part next = part;
-    int64_t pieces = 0;
+    int64_t tile = part.column - part.offset, pieces = 0;
     next.offset += kPartColumns;
-    if (next.offset >= columns) {
+    if (next.offset >= std::min(tiles_.columns, width_ - tile)) {
       next.offset = 0;
       next.first += kRows;
-      next.count = std::min(kRows, part.segment.rows - next.first);
-      if (next.count > 0) {
-        results_.activated.pieces(next.segment, next.first, next_);
-        results_.hidden_gradient.pieces(next.segment, next.first, next_ + 2);
-        pieces = 4;
+      if (next.first >= part.segment.rows) {
+        next.first = 0;
+        tile += tiles_.columns;
+        if (tile >= width_) return {};
       }
+      next.count = std::min(kRows, part.segment.rows - next.first);
+      results_.activated.pieces(next.segment, next.first, next_);
+      results_.hidden_gradient.pieces(next.segment, next.first, next_ + 2);
+      pieces = 4;
     }
-    next.column += next.offset - part.offset;
-    next.columns = std::min(kPartColumns, columns - next.offset);
+    next.column = tile + next.offset;
+    next.columns = std::min({kPartColumns, tiles_.columns - next.offset, width_ - next.column});
     for (const void* matrix : {p_.grad_y, p_.x}) {
       for (int64_t i = 0; i < next.count; ++i) {
         next_[pieces++] = {static_cast<const X*>(matrix) + at(next, i),

@@ -160,7 +160,7 @@ class Forward {
       ahead_.set(next_, next.count);
       run_block(segment, block.first, block.count);
     });
-    if (streams_) finish_streams();
+    finish_streams();
   }
 
   // A task's share of the columns of h, for all rows of a segment, then of those of y. The tasks

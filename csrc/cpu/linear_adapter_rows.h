@@ -165,13 +165,13 @@ class WeightOperand {
   void multiply(int64_t rows, int64_t first_k, int64_t k_count, int64_t first_column,
                 int64_t columns, const LeftOperand<C>& left, C* out, int64_t out_row,
                 bool accumulate, Ahead& ahead) const {
+    const Into into = accumulate ? Into::kSum : Into::kNew;
     if (mode_ == kWhole) {
       const int64_t panel_stride = steps<Product>(k_count_) * kPanel<C>;
       const C* part =
           memory_ + first_column / kPanel<C> * panel_stride + steps<Product>(first_k) * kPanel<C>;
       return cpu::multiply<C, Product>(rows, columns, steps<Product>(k_count), left,
-                                       {part, panel_stride, kPanel<C>}, out, out_row, accumulate,
-                                       ahead);
+                                       {part, panel_stride, kPanel<C>}, out, out_row, into, ahead);
     }
     if (mode_ == kStored) {
       with_stored(first_k, first_column, [&](const auto* part) {
@@ -197,7 +197,7 @@ class WeightOperand {
         if constexpr (std::is_same_v<W, C>) {
           column = columns / kLanes<C> * kLanes<C>;
           cpu::multiply<C, Product>(rows, column, k_count, left, {part, kPanel<C>, stride_}, out,
-                                    out_row, accumulate, ahead);
+                                    out_row, into, ahead);
         }
       });
     }
@@ -211,7 +211,7 @@ class WeightOperand {
         cpu::multiply<C, Product>(rows, part, steps<Product>(block),
                                   left.from(0, steps<Product>(k)),
                                   {memory_, steps<Product>(block) * kPanel<C>, kPanel<C>},
-                                  out + column, out_row, accumulate || k > 0, ahead);
+                                  out + column, out_row, k > 0 ? Into::kSum : into, ahead);
       }
     }
   }

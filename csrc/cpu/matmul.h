@@ -213,6 +213,10 @@ struct RightOperand {
   int64_t k_stride;
 };
 
+// What a product does with its result: stores it, adds it to what is there, or stores it past the
+// caches, for which `out` is aligned to vectors.
+enum class Into { kNew, kSum, kStream };
+
 // What is needed next, in pieces. Products ask memory for a cache line of it with every few steps,
 // so that it works while they compute.
 class Ahead {
@@ -263,23 +267,37 @@ class Ahead {
   int64_t count_ = 0, step_ = 0;
 };
 
+// Keeps the compiler from computing addresses together, for which it has no registers.
+template <class T>
+ADAPTER_EXT_HOST_DEVICE T* opaque(T* pointer) {
+  __asm__("" : "+r"(pointer));
+  return pointer;
+}
+
 // Asks for what lies `b_ahead` of the right operand's rows beforehand.
 template <class C, class Product, int rows, int vectors>
 static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k,
-                 int64_t b_ahead, C* out, int64_t out_row, bool accumulate, Ahead& pieces_ahead) {
+                 int64_t b_ahead, C* out, int64_t out_row, Into into, Ahead& pieces_ahead) {
   using V = Vector<C>;
   Ahead ahead = pieces_ahead;
   V sum[rows][vectors] = {};
+  C* to = out;
+  if (into != Into::kStream) {
 #pragma GCC unroll 16
-  for (int row = 0; row < rows; ++row) {
+    for (int row = 0; row < rows; ++row, to += out_row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) __builtin_prefetch(out + row * out_row + v * kLanes<C>, 1);
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + v * kLanes<C>, 1);
+    }
   }
   // A pointer for every third row: with one for all, the rows' offsets take more registers than
   // there are.
   constexpr int group = 3;
   const C* a[(rows + group - 1) / group];
-  for (int i = 0; i * group < rows; ++i) a[i] = left.data + i * group * left.row_stride;
+  const C* from = left.data;
+  for (const C*& first : a) {
+    first = from;
+    from = opaque(from + group * left.row_stride);
+  }
   for (int64_t k = 0; k < k_count; ++k, b += b_k) {
     V right[vectors];
 #pragma GCC unroll 4
@@ -297,15 +315,20 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
       }
     }
 #pragma GCC unroll 4
-    for (const C*& from : a) from += left.k_stride;
+    for (const C*& first : a) first += left.k_stride;
   }
   pieces_ahead = ahead;
+  to = opaque(out);
 #pragma GCC unroll 16
-  for (int row = 0; row < rows; ++row) {
+  for (int row = 0; row < rows; ++row, to += out_row) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      C* to = out + row * out_row + v * kLanes<C>;
-      store<C>(to, accumulate ? load<C>(to) + sum[row][v] : sum[row][v]);
+      C* at = to + v * kLanes<C>;
+      if (into == Into::kStream) {
+        stream<C>(at, sum[row][v]);
+      } else {
+        store<C>(at, into == Into::kSum ? load<C>(at) + sum[row][v] : sum[row][v]);
+      }
     }
   }
 }
@@ -313,15 +336,14 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
 template <class C, class Product, int vectors, int rows = kTileRows>
 ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
                                           const LeftOperand<C>& left, const C* b, int64_t b_k,
-                                          int64_t b_ahead, C* out, int64_t out_row, bool accumulate,
+                                          int64_t b_ahead, C* out, int64_t out_row, Into into,
                                           Ahead& ahead) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, Product, rows, vectors>(k_count, left, b, b_k, b_ahead, out, out_row, accumulate,
-                                      ahead);
+      tile<C, Product, rows, vectors>(k_count, left, b, b_k, b_ahead, out, out_row, into, ahead);
     } else {
       tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, b_ahead, out,
-                                                  out_row, accumulate, ahead);
+                                                  out_row, into, ahead);
     }
   }
 }
@@ -397,12 +419,13 @@ static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftO
 // the padding of `right`.
 template <class C, class Product = MultiplyAdd<C>>
 static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftOperand<C>& left,
-                     const RightOperand<C>& right, C* out, int64_t out_row, bool accumulate,
+                     const RightOperand<C>& right, C* out, int64_t out_row, Into into,
                      Ahead& ahead) {
   if constexpr (Product::kStepGroup > 1) {
-    return multiply_tiles(rows, columns, k_count, left, right, out, out_row, accumulate, ahead);
+    return multiply_tiles(rows, columns, k_count, left, right, out, out_row, into == Into::kSum,
+                          ahead);
   }
-  if (k_count == 0 && !accumulate) {
+  if (k_count == 0 && into != Into::kSum) {
     for (int64_t row = 0; row < rows; ++row) {
       std::fill(out + row * out_row, out + row * out_row + padded<C>(columns), C(0));
     }
@@ -422,7 +445,7 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
         const auto run =
             narrow ? tile_of_rows<C, Product, 1> : tile_of_rows<C, Product, kPanelVectors>;
         run(count, block, left.from(row, k), b, right.k_stride, b_ahead, to, out_row,
-            accumulate || k > 0, ahead);
+            k > 0 ? Into::kSum : into, ahead);
       }
     }
   }
