@@ -9,8 +9,17 @@ from typing import Any
 from benchmarks.measure import markdown_table
 from benchmarks.results import Document, Result
 
-SUMMARY = " summary"
-"""Ends the name of a table's summary."""
+SUMMARY, TARGETS = " summary", " targets"
+"""End the names of a table's summary, and of what it says of the targets."""
+
+MANY_ROWS = 2048
+TIME_TARGETS = {
+    ("forward", True): 1.4,
+    ("forward", False): 2.0,
+    ("forward+backward", True): 1.6,
+    ("forward+backward", False): 2.5,
+}
+"""Our time over the floor at most, by mode and whether there are so many rows."""
 
 
 def render(document: Document, name: str) -> str:
@@ -21,11 +30,13 @@ def render(document: Document, name: str) -> str:
     """
     if name == "machine":
         return machine(document)
-    results = document.table(name.removesuffix(SUMMARY))
+    results = document.table(name.removesuffix(SUMMARY).removesuffix(TARGETS))
     if not results:
         raise ValueError(f"expected one of the tables {', '.join(document.tables())}, got {name!r}")
     if name.endswith(SUMMARY):
         return summary(results)
+    if name.endswith(TARGETS):
+        return targets(results)
     return RENDERERS.get(name, times)(results)
 
 
@@ -103,6 +114,36 @@ def summary(results: Sequence[Result]) -> str:
         if best:
             rows.append([" ".join(kind), "best peer/ours", *_range(best)])
     return markdown_table(["summary", "ratio", "least", "median", "most", "cases"], rows)
+
+
+def targets(results: Sequence[Result]) -> str:
+    """What is aimed at, by mode and type: the median, the worst, and how many cases meet it."""
+    rows = []
+    for mode, dtype in dict.fromkeys((r.case["mode"], r.case["dtype"]) for r in results):
+        own = [r for r in results if (r.case["mode"], r.case["dtype"]) == (mode, dtype)]
+        for many, words in ((True, f"T at least {MANY_ROWS}"), (False, f"T below {MANY_ROWS}")):
+            limit = TIME_TARGETS[mode, many]
+            floors = [
+                r.seconds["ours"].median / r.floor
+                for r in own
+                if r.floor and (r.case["rows"] >= MANY_ROWS) == many
+            ]
+            if floors:
+                met = sum(ratio <= limit for ratio in floors)
+                target = f"ours/floor at most {limit}, {words}"
+                rows.append([f"{mode} {dtype}", target, floors, max(floors), met])
+        for peer in peers_of(own):
+            ratios = [r.ratios[peer].median for r in own if peer in r.ratios]
+            met = sum(ratio > 1 for ratio in ratios)
+            rows.append([f"{mode} {dtype}", f"{peer}/ours above 1", ratios, min(ratios), met])
+    header = ["cases", "target", "median", "worst", "met"]
+    return markdown_table(
+        header,
+        (
+            [kind, target, f"{statistics.median(all_):.2f}", f"{worst:.2f}", f"{met} of {len(all_)}"]
+            for kind, target, all_, worst, met in rows
+        ),
+    )
 
 
 def _range(values: Sequence[float]) -> list[str]:

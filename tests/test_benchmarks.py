@@ -154,6 +154,20 @@ def document(*measured: Result, **machine: object) -> Document:
     return Document("python -m benchmarks cpu", facts, LIMITS.measured(), list(measured))
 
 
+def test_targets() -> None:
+    many = dataclasses.replace(SMALL, rows=2048)
+    results = [
+        made_up(SMALL, 0.0015, eager=0.003),
+        made_up(many, 0.0012, eager=0.003),
+        made_up(many, 0.003, eager=0.0015),
+    ]
+    assert tables.render(document(*results), "grid targets").splitlines()[2:] == [
+        "| forward fp32 | ours/floor at most 1.4, T at least 2048 | 2.10 | 3.00 | 1 of 2 |",
+        "| forward fp32 | ours/floor at most 2.0, T below 2048 | 1.50 | 1.50 | 1 of 1 |",
+        "| forward fp32 | eager/ours above 1 | 2.00 | 0.50 | 2 of 3 |",
+    ]
+
+
 def test_tables() -> None:
     first, second = made_up(SMALL, 0.002, eager=0.008), made_up(SMALL, 0.00005)
     second.name = "other"
