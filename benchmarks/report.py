@@ -1,14 +1,16 @@
 """``python -m benchmarks report``: the tables and pictures of the documentation, made again.
 
 Between the lines ``<!-- benchmarks: begin FILE TABLE -->`` and ``<!-- benchmarks: end -->`` of a
-page stands a table of a file in benchmarks/results; ``machine`` is the line about its machine, and
-``TABLE summary`` the summary of a table. The pictures are those of ``benchmarks plot`` for the
+page stands a table of a file in benchmarks/results, or of several that a pattern (``grid/*.json``)
+names; ``machine`` is the line about a file's machine, and ``TABLE summary`` and ``TABLE targets`` say
+what a table amounts to. The pictures are those of ``benchmarks plot`` for the
 files in the folder ``DRAWN``.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
@@ -29,12 +31,29 @@ def pages() -> list[pathlib.Path]:
     return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
+def files(pattern: str) -> list[pathlib.Path]:
+    """The files of results that a marker names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not (found := sorted(results.FOLDER.glob(pattern))):
+        raise ValueError(f"expected files in {results.FOLDER}, got none for {pattern!r}")
+    return found
+
+
 def render(page: str) -> str:
     """A page with the tables that its results give."""
 
     def block(match: re.Match[str]) -> str:
-        document = results.read(results.FOLDER / match["file"])
-        return f"{match[1]}{tables.render(document, match['table'])}\n{match[4]}"
+        documents = [results.read(file) for file in files(match["file"])]
+        if match["table"] == "machine":
+            table = "\n\n".join(tables.machine(document) for document in documents)
+        else:
+            everything = [result for document in documents for result in document.results]
+            merged = dataclasses.replace(documents[0], results=everything)
+            table = tables.render(merged, match["table"])
+        return f"{match[1]}{table}\n{match[4]}"
 
     return BLOCK.sub(block, page)
 

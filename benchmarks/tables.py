@@ -140,7 +140,13 @@ def targets(results: Sequence[Result]) -> str:
     return markdown_table(
         header,
         (
-            [kind, target, f"{statistics.median(all_):.2f}", f"{worst:.2f}", f"{met} of {len(all_)}"]
+            [
+                kind,
+                target,
+                f"{statistics.median(all_):.2f}",
+                f"{worst:.2f}",
+                f"{met} of {len(all_)}",
+            ]
             for kind, target, all_, worst, met in rows
         ),
     )

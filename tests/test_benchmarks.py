@@ -460,12 +460,12 @@ def test_pages_show_the_results() -> None:
     assert not report.outdated()
     assert all(results.read(path).results for path in results.FOLDER.rglob("*.json"))
     shown = {
-        match["file"]
+        path
         for page in report.pages()
         for match in report.BLOCK.finditer(page.read_text())
+        for path in report.files(match["file"])
     }
-    there = {str(path.relative_to(results.FOLDER)) for path in results.FOLDER.rglob("*.json")}
-    assert shown == there
+    assert shown == set(results.FOLDER.rglob("*.json"))
 
 
 def test_page(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,6 +476,22 @@ def test_page(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.startswith(f"before\n{begin}| case | ours ms")
     assert page.count("4.00") == 2
     assert report.render(page) == page
+
+
+def test_page_of_several_files(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    document(made_up(SMALL, 0.002, eager=0.008)).write(tmp_path / "a" / "b.json")
+    document(made_up(SMALL, 0.004, eager=0.008)).write(tmp_path / "a" / "c.json")
+    begin, end = "<!-- benchmarks: begin a/*.json {} -->\n", "<!-- benchmarks: end -->\n"
+    page = report.render(
+        "".join(begin.format(t) + end for t in ("grid", "grid summary", "machine"))
+    )
+    assert "| 2.000 | 2.00 | 4.00 |" in page
+    assert "| 4.000 | 4.00 | 2.00 |" in page
+    assert "| forward fp32 | eager/ours | 2.00 | 3.00 | 4.00 | 2 |" in page
+    assert page.count("`python -m benchmarks cpu`") == 2
+    with pytest.raises(ValueError, match="expected files in"):
+        report.render(f"{begin.format('grid')}{end}".replace("a/", "d/"))
 
 
 def test_cases_of_cpu() -> None:
