@@ -1,9 +1,9 @@
 """``python -m benchmarks report``: the tables and pictures of the documentation, made again.
 
 Between the lines ``<!-- benchmarks: begin FILE TABLE -->`` and ``<!-- benchmarks: end -->`` of a
-page stands a table of a file in benchmarks/results, or of several that a pattern (``grid/*.json``)
-names; ``machine`` is the line about a file's machine, and ``TABLE summary`` and ``TABLE targets`` say
-what a table amounts to. The pictures are those of ``benchmarks plot`` for the
+page stands a table of a file in benchmarks/results, or of several that a pattern names
+(``grid/*.json``); ``machine`` is the line about a file's machine, and ``TABLE summary`` and
+``TABLE targets`` say what a table amounts to. The pictures are those of ``benchmarks plot`` for the
 files in the folder ``DRAWN``.
 """
 
