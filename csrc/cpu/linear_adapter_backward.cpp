@@ -1,16 +1,15 @@
-// The backward of linear_adapter on the CPU, in two passes: over blocks of rows, for what the rows
-// need of the bottleneck's gradient, then over tiles of columns, for the gradients of x and of the
-// weights. A weight's gradient is summed by one thread in the order of the adapter's rows.
+// The backward of linear_adapter on the CPU, in two passes over a range of rows at a time: over
+// blocks of rows, for what the rows need of the bottleneck's gradient, then over tiles of columns,
+// for the gradients of x and of the weights. A weight's gradient is summed by one thread at a time
+// in the order of the adapter's rows.
 //
 // As in adapter_ext/reference.py: h = down n, z = act(h), o = up z; a leading d is a gradient. The
 // norm's row sums need no pass over D: mean(dx̂) = (dh·c1)/D and mean(dx̂ ⊙ x̂) = (dh·(h - c0))/D
 // with c1 = down γ, c0 = down β. With dn = dh down: dγ = Σ dn ⊙ x̂, dβ = Σ dn.
 
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
+#include <span>
 
 #include "cpu/kernels.h"
 #include "cpu/linear_adapter_rows.h"
@@ -29,27 +28,23 @@ class RowMatrix {
   // are so fast that their sums would be loaded and stored too often with few.
   static constexpr int64_t kRows = kPairs ? 192 : 96;
 
-  RowMatrix(const Plan& plan, int64_t columns)
-      : plan_(plan),
-        stride_(steps<Product>(columns) + kRowPadding<C>),
-        columns_((columns + kMostTileRows - 1) / kMostTileRows * kMostTileRows),
-        rows_(allocate((plan.active_rows + kMostTileRows) * stride_)) {
-    if constexpr (kPairs) {
-      int64_t all = 0;
-      for (const Segment& segment : plan.segments) {
-        first_step_.push_back(all);
-        all += steps<Product>(segment.rows);
-      }
-      transposed_ = allocate(all * columns_);
-    }
+  // For ranges of at most so many rows and segments.
+  RowMatrix(const Range& range, int64_t rows, int64_t segments, int64_t columns, Scratch& scratch)
+      : range_(range), stride_(stride(columns)), columns_(padded_columns(columns)) {
+    rows_ = scratch.take<C>(rows_size(rows, columns));
+    transposed_ = scratch.take<C>(transposed_size(rows, segments, columns));
+  }
+  static int64_t bytes(int64_t rows, int64_t segments, int64_t columns) {
+    return Scratch::bytes<C>(rows_size(rows, columns)) +
+           Scratch::bytes<C>(transposed_size(rows, segments, columns));
   }
 
   // A left operand's row.
   C* row(const Segment& segment, int64_t i) {
-    return rows_.get() + (segment.first_position + i) * stride_;
+    return rows_ + (segment.first_position + i) * stride_;
   }
   const C* row(const Segment& segment, int64_t i) const {
-    return rows_.get() + (segment.first_position + i) * stride_;
+    return rows_ + (segment.first_position + i) * stride_;
   }
   LeftOperand<C> rows(const Segment& segment, int64_t first) const {
     return {row(segment, first), stride_, 1};
@@ -115,40 +110,133 @@ class RowMatrix {
  private:
   static constexpr int64_t kMostTileRows = 16;
 
-  struct Free {
-    void operator()(C* memory) const { std::free(memory); }
-  };
-  using Memory = std::unique_ptr<C[], Free>;
-  static Memory allocate(int64_t count) {
-    void* memory = std::aligned_alloc(64, static_cast<size_t>(Scratch::bytes<C>(count)));
-    if (!memory) throw std::bad_alloc();
-    return Memory(static_cast<C*>(memory));
+  static int64_t stride(int64_t columns) { return steps<Product>(columns) + kRowPadding<C>; }
+  static int64_t padded_columns(int64_t columns) {
+    return (columns + kMostTileRows - 1) / kMostTileRows * kMostTileRows;
+  }
+  static int64_t rows_size(int64_t rows, int64_t columns) {
+    return (rows + kMostTileRows) * stride(columns);
+  }
+  static int64_t transposed_size(int64_t rows, int64_t segments, int64_t columns) {
+    return kPairs ? first_step(rows, segments) * padded_columns(columns) : 0;
   }
 
+  // Where the steps of the transpose of a segment begin: those before have whole groups of them.
+  static int64_t first_step(int64_t position, int64_t segments) {
+    return position / Product::kElements + segments * Product::kStepGroup;
+  }
   C* block(const Segment& segment, int64_t first) const {
-    const auto index = static_cast<size_t>(&segment - plan_.segments.data());
-    return transposed_.get() + (first_step_[index] + first / Product::kElements) * columns_;
+    const int64_t index = &segment - range_.segments.data();
+    return transposed_ +
+           (first_step(segment.first_position, index) + first / Product::kElements) * columns_;
   }
   static int64_t block_steps(const Segment& segment, int64_t first) {
     return steps<Product>(std::min(kRows, segment.rows - first));
   }
 
-  const Plan& plan_;
+  const Range& range_;
   const int64_t stride_, columns_;
-  Memory rows_, transposed_;
-  std::vector<int64_t> first_step_;  // of each segment, in the transpose
+  C *rows_, *transposed_;
 };
 
-template <class C, class Product>
-struct RowResults {
-  RowMatrix<C, Product> hidden_gradient;  // dh
-  RowMatrix<C, Product> activated;        // z
-  std::unique_ptr<C[]> sums;  // [active rows, 2]: pre: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
+// A segment's columns are cut into tiles, as wide as their sums over rows stay in a second-level
+// cache, so that rows are read in long pieces. All tasks have tiles to do.
+template <class C>
+struct Tiles {
+  int64_t count;
+  int64_t columns;
 
-  RowResults(const LinearAdapterBackward& p, const Plan& plan)
-      : hidden_gradient(plan, p.hidden_stride),
-        activated(plan, p.hidden_stride),
-        sums(new C[static_cast<size_t>(2 * plan.active_rows)]) {}
+  Tiles(const LinearAdapterBackward& problem, int64_t tasks) {
+    constexpr int64_t sum_bytes = 512 << 10, least_columns = 64;  // a multiple of every panel
+    const int64_t column_bytes = 2 * padded<C>(problem.hidden_stride) * int64_t{sizeof(C)};
+    const int64_t fitting = std::max(sum_bytes / column_bytes, least_columns);
+    const auto pieces = [&](int64_t size) { return (problem.hidden_size + size - 1) / size; };
+    const int64_t wanted = (pieces(fitting) + tasks - 1) / tasks * tasks;
+    columns = (pieces(wanted) + least_columns - 1) / least_columns * least_columns;
+    count = pieces(columns);
+  }
+
+  // Elements that the sums of a tile take: of down's gradient and of up's, of the norm's.
+  int64_t sum_stride() const { return columns + kRowPadding<C>; }
+  int64_t sum_size(int64_t bottleneck) const {
+    return 2 * (padded<C>(bottleneck) + 1) * sum_stride();
+  }
+};
+
+// The active rows are worked on in ranges, so that what the passes leave for each other takes
+// little memory. Ranges are of whole segments, or of a part of one that has too many rows, cut
+// where its sums over rows are. Where all sums of a segment stay in the cache, ranges are so short
+// that the second pass finds in it what the first has read.
+template <class C, class Product>
+struct Ranges {
+  int64_t most_rows;  // of whole segments
+  int64_t part_rows;  // of a segment with more
+  bool carry;         // there is more than one tile of sums to keep from range to range
+
+  Ranges(const LinearAdapterBackward& problem, const Tiles<C>& tiles, bool one_task) {
+    using Matrix = RowMatrix<C, Product>;
+    carry = !one_task || tiles.count > 1;
+    part_rows = Matrix::kRows;
+    if (carry) {
+      constexpr int64_t kept_bytes = 1 << 20, least_rows = 512;  // entering the passes takes time
+      const int64_t row_bytes = 2 * padded<C>(problem.hidden_stride) * int64_t{sizeof(C)};
+      const int64_t wanted = std::max(kept_bytes / row_bytes, least_rows);
+      part_rows *= (wanted + part_rows - 1) / part_rows;
+    }
+    // The sums of all tiles take as much memory as so many rows.
+    most_rows = part_rows + (carry ? problem.hidden_size : 0);
+  }
+
+  // Calls body(range) for ranges of these segments.
+  template <class Body>
+  void for_each(std::span<const Segment> segments, Range& range, Body&& body) const {
+    const auto finish = [&] {
+      if (range.rows > 0) body();
+      range.clear();
+    };
+    range.clear();
+    for (const Segment& segment : segments) {
+      if (range.rows + segment.rows > most_rows) finish();
+      if (segment.rows <= most_rows) {
+        range.add(segment);
+        continue;
+      }
+      for (int64_t first = 0; first < segment.rows; first += part_rows) {
+        range.add(segment.part(first, part_rows));
+        finish();
+      }
+    }
+    finish();
+  }
+};
+
+// What the passes over a range leave for each other and for the next range.
+template <class C, class Product>
+class RowResults {
+  using Matrix = RowMatrix<C, Product>;
+
+ public:
+  Range range;
+  Segment next;            // the rows after the range, to be asked for beforehand; or none
+  Matrix hidden_gradient;  // dh
+  Matrix activated;        // z
+  C* sums;                 // [rows, 2]: pre: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
+  C* carried;              // of each tile: the sums of a segment that goes on; or null
+
+  // For ranges of at most so many rows and segments.
+  RowResults(const LinearAdapterBackward& p, int64_t rows, int64_t segments, int64_t carried_size)
+      : RowResults(rows, segments, p.hidden_stride, carried_size,
+                   Scratch(2, 2 * Matrix::bytes(rows, segments, p.hidden_stride) +
+                                  Scratch::bytes<C>(2 * rows) + Scratch::bytes<C>(carried_size))) {}
+
+ private:
+  RowResults(int64_t rows, int64_t segments, int64_t columns, int64_t carried_size,
+             Scratch&& scratch)
+      : next{},
+        hidden_gradient(range, rows, segments, columns, scratch),
+        activated(range, rows, segments, columns, scratch),
+        sums(scratch.take<C>(2 * rows)),
+        carried(carried_size > 0 ? scratch.take<C>(carried_size) : nullptr) {}
 };
 
 // What one adapter's gradients ask for.
@@ -189,6 +277,35 @@ struct OutputGradient {
     return !penalized() && !dropout.active() && scale[0] == C(1);
   }
 };
+
+// What the first pass reads of some rows.
+template <class X>
+int64_t first_pass_pieces(const LinearAdapterBackward& p, const Segment& segment, int64_t first,
+                          int64_t count, Ahead::Piece* to) {
+  using C = Accumulate<X>;
+  const int64_t r = p.hidden_stride, width = p.hidden_size;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = Plan::row(segment, p.routing.rows_per_sample, first + i);
+    to[2 * i] = {static_cast<const C*>(p.hidden) + row * r, r * int64_t{sizeof(C)}};
+    to[2 * i + 1] = {static_cast<const X*>(p.grad_y) + row * width, width * int64_t{sizeof(X)}};
+  }
+  return 2 * count;
+}
+
+inline constexpr int64_t kPartColumns = 256;  // that the second pass works on at a time
+
+// What the second pass reads first of x.
+template <class X>
+int64_t second_pass_pieces(const LinearAdapterBackward& p, const Segment& segment,
+                           Ahead::Piece* to) {
+  const int64_t count = std::min(segment.rows, kMostBlockRows);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = Plan::row(segment, p.routing.rows_per_sample, i);
+    to[i] = {static_cast<const X*>(p.x) + row * p.hidden_size,
+             std::min(kPartColumns, p.hidden_size) * int64_t{sizeof(X)}};
+  }
+  return count;
+}
 
 template <class X, class Product>
 class RowPass {
@@ -232,23 +349,15 @@ class RowPass {
     mask_ = scratch.take<C>(kColumnBlock);
   }
 
-  // Some blocks of all segments.
+  // Some blocks of the range.
   void run(int64_t task, int64_t tasks) {
-    for_each_block(plan_, block_rows_, task, tasks, [&](const Block& block, const Block& next) {
-      run_block(block, next, Blocks(plan_, *block.segment, block_rows_, tasks));
-    });
-  }
-
-  // All rows of one segment.
-  void run(const Segment& segment) {
-    const Blocks blocks(plan_, segment, block_rows_, 1);
-    const auto block = [&](int64_t i) -> Block {
-      const int64_t first = i * segment.rows / blocks.count;
-      return {&segment, first, (i + 1) * segment.rows / blocks.count - first};
-    };
-    for (int64_t i = 0; i < blocks.count; ++i) {
-      run_block(block(i), i + 1 < blocks.count ? block(i + 1) : Block{}, blocks);
-    }
+    for_each_block(results_.range, block_rows_, task, tasks,
+                   [&](const Block& block, const Block& next) {
+                     const Segment& segment = *block.segment;
+                     const Blocks blocks(results_.range, segment, block_rows_, tasks);
+                     run_block(block, next, tasks == 1 ? segment.adapter_rows : blocks.rows_in_task,
+                               tasks == 1);
+                   });
   }
 
  private:
@@ -302,20 +411,18 @@ class RowPass {
     }
   }
 
-  void run_block(const Block& block, const Block& next, const Blocks& blocks) {
+  void run_block(const Block& block, const Block& next, int64_t rows_in_task, bool alone) {
     const Segment& segment = *block.segment;
     const int64_t first = block.first, count = block.count;
     if (!Wanted(p_, segment.adapter, pre_).anything()) return;
-    if (prepared_ != &segment) prepare_adapter(segment, blocks.rows_in_task);
-    prepared_ = &segment;
-    for (int64_t i = 0; i < next.count; ++i) {
-      const int64_t at = row(*next.segment, next.first + i), r = p_.hidden_stride;
-      next_[2 * i] = {static_cast<const C*>(p_.hidden) + at * r, r * int64_t{sizeof(C)}};
-      next_[2 * i + 1] = {static_cast<const X*>(p_.grad_y) + at * width_,
-                          width_ * int64_t{sizeof(X)}};
-    }
+    if (prepared_ != segment.adapter) prepare_adapter(segment, rows_in_task);
+    prepared_ = segment.adapter;
     Ahead ahead;
-    ahead.set(next_, 2 * next.count);
+    if (next.count > 0) {
+      ahead.set(next_, first_pass_pieces<X>(p_, *next.segment, next.first, next.count, next_));
+    } else if (alone) {
+      ahead.set(next_, second_pass_pieces<X>(p_, results_.range.segments[0], next_));
+    }
     activate_rows(segment, first, count);
     for (int64_t column = 0; column < width_; column += block_columns_) {
       const int64_t columns = std::min(block_columns_, width_ - column);
@@ -411,7 +518,7 @@ class RowPass {
     if (pre_) return pad_row<C, Product>(gradient, columns);
     const C mean_gradient = horizontal_sum<C>(sum) / static_cast<C>(width_);
     const C mean_product = horizontal_sum<C>(product_sum) / static_cast<C>(width_);
-    C* sums = results_.sums.get() + 2 * (segment.first_position + i);
+    C* sums = results_.sums + 2 * (segment.first_position + i);
     sums[0] = mean_gradient;
     sums[1] = mean_product;
     for_each_vector<C>(columns, [&](int64_t c, auto extent) {
@@ -461,7 +568,7 @@ class RowPass {
   const Dropout dropout_;
   const bool pre_;
   const int64_t width_, block_rows_, block_columns_, stride_, gradient_stride_, hidden_stride_;
-  const Segment* prepared_ = nullptr;
+  int64_t prepared_ = -1;  // an adapter
   AdapterView view_;
   bool wants_hidden_, wants_out_;
   bool stored_;  // do is dy
@@ -480,27 +587,8 @@ class ColumnPass {
   static constexpr int64_t kRows = RowMatrix<C, Product>::kRows;
 
  public:
-  static constexpr int64_t kPartColumns = 256;  // worked on at a time
-
-  // A segment's columns are cut into tiles, as wide as their sums over rows stay in a second-level
-  // cache, so that rows are read in long pieces. All tasks have tiles to do.
-  struct Tiles {
-    int64_t count;
-    int64_t columns;
-
-    Tiles(const LinearAdapterBackward& problem, int64_t tasks) {
-      constexpr int64_t sum_bytes = 512 << 10, least_columns = 64;  // a multiple of every panel
-      const int64_t column_bytes = 2 * padded<C>(problem.hidden_stride) * int64_t{sizeof(C)};
-      const int64_t fitting = std::max(sum_bytes / column_bytes, least_columns);
-      const auto pieces = [&](int64_t size) { return (problem.hidden_size + size - 1) / size; };
-      const int64_t wanted = (pieces(fitting) + tasks - 1) / tasks * tasks;
-      columns = (pieces(wanted) + least_columns - 1) / least_columns * least_columns;
-      count = pieces(columns);
-    }
-  };
-
   ColumnPass(const LinearAdapterBackward& problem, const Plan& plan,
-             const RowResults<C, Product>& results, const Tiles& tiles)
+             const RowResults<C, Product>& results, const Tiles<C>& tiles, bool streams)
       : p_(problem),
         plan_(plan),
         results_(results),
@@ -508,50 +596,40 @@ class ColumnPass {
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
-        sum_stride_(tiles.columns + kRowPadding<C>),
-        streams_(problem.grad_x &&
-                 streams<X>(problem.grad_x, plan.active_rows, problem.hidden_size)) {
-    const int64_t r = padded<C>(p_.hidden_stride);  // a multiple of every register tile's rows
+        sum_stride_(tiles.sum_stride()),
+        streams_(streams) {
     const int64_t weights = Weights::size(p_.hidden_stride, tiles.columns);
     const int64_t operand = steps<Product>(kRows) * kPartStride;
     Scratch scratch(
-        1, 2 * Scratch::bytes<C>(weights) + 2 * Scratch::bytes<C>(r * sum_stride_) +
+        1, 2 * Scratch::bytes<C>(weights) +
+               Scratch::bytes<C>(tiles.sum_size(problem.hidden_stride)) +
                2 * Scratch::bytes<C>(operand) + 2 * Scratch::bytes<C>(kRows * kPartStride) +
-               4 * Scratch::bytes<C>(sum_stride_) + 2 * Scratch::bytes<C>(kPartColumns));
+               2 * Scratch::bytes<C>(sum_stride_) + 2 * Scratch::bytes<C>(kPartColumns));
     packed_down_ = scratch.take<C>(weights);
     packed_up_ = scratch.take<C>(weights);
-    down_sum_ = scratch.take<C>(r * sum_stride_);
-    up_sum_ = scratch.take<C>(r * sum_stride_);
+    own_sums_ = scratch.take<C>(tiles.sum_size(problem.hidden_stride));
     x_ = scratch.take<C>(operand);
     gradient_ = scratch.take<C>(operand);
     out_ = scratch.take<C>(kRows * kPartStride);
     product_ = scratch.take<C>(kRows * kPartStride);
     norm_weight_ = scratch.take<C>(sum_stride_);
     norm_bias_ = scratch.take<C>(sum_stride_);
-    norm_weight_sum_ = scratch.take<C>(sum_stride_);
-    norm_bias_sum_ = scratch.take<C>(sum_stride_);
     for (C*& mask : masks_) mask = scratch.take<C>(kPartColumns);
   }
 
-  // Some tiles of all segments: a contiguous range, of about equal cost for each task.
+  // Some tiles of the range's segments, that follow each other and are of about equal cost for each
+  // task.
   void run(int64_t task, int64_t tasks) {
     constexpr int64_t fixed = 16;  // the cost, in rows, of what does not depend on their number
-    const int64_t segments = static_cast<int64_t>(plan_.segments.size());
-    const int64_t total = (plan_.active_rows + fixed * segments) * tiles_.count;
+    const Range& range = results_.range;
+    const int64_t segments = static_cast<int64_t>(range.segments.size());
+    const int64_t total = (range.rows + fixed * segments) * tiles_.count;
     int64_t cost = 0;
-    for (const Segment& segment : plan_.segments) {
+    for (const Segment& segment : range.segments) {
       for (int64_t column = 0; column < width_; column += tiles_.columns) {
         if (cost * tasks / total == task) column_tile(segment, column);
         cost += segment.rows + fixed;
       }
-    }
-    finish_streams();
-  }
-
-  // All columns of one segment.
-  void run(const Segment& segment) {
-    for (int64_t column = 0; column < width_; column += tiles_.columns) {
-      column_tile(segment, column);
     }
     finish_streams();
   }
@@ -577,30 +655,42 @@ class ColumnPass {
     const bool wants_out = !pre_ || of_output.penalized();
     const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
     const AdapterGradients& gradients = p_.gradients[segment.adapter];
+    const int64_t matrix_size = padded<C>(p_.hidden_stride) * sum_stride_;
+    C* own_sums = own_sums_;
+    if (results_.carried && segment.rows < segment.adapter_rows) {
+      own_sums = results_.carried + column / tiles_.columns * tiles_.sum_size(p_.hidden_stride);
+    }
     const Sums down_sum =
-        sums(segment, gradients.down, column, width_, columns, down_sum_, sum_stride_);
-    const Sums up_sum =
-        sums(segment, gradients.up, column * r, r, r, up_sum_, kPairs ? sum_stride_ : padded<C>(r));
+        sums(segment, gradients.down, column, width_, columns, own_sums, sum_stride_);
+    const Sums up_sum = sums(segment, gradients.up, column * r, r, r, own_sums + matrix_size,
+                             kPairs ? sum_stride_ : padded<C>(r));
+    norm_weight_sum_ = own_sums + 2 * matrix_size;
+    norm_bias_sum_ = norm_weight_sum_ + sum_stride_;
     const auto shifted = [&](const void* matrix, int64_t elements) {
       const int64_t size = p_.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
       return static_cast<const void*>(static_cast<const char*>(matrix) + elements * size);
     };
-    unpack_vector<X>(p_.weight_type, shifted(view_.norm_weight, column), columns, norm_weight_);
-    unpack_vector<X>(p_.weight_type, shifted(view_.norm_bias, column), columns, norm_bias_);
-    if (wanted.normalized_gradient) {
-      down_.prepare(p_, shifted(view_.down, column), view_.down_stride, r, columns, false,
-                    segment.rows, packed_down_);
+    const int64_t tile = column / tiles_.columns;
+    if (prepared_adapter_ != segment.adapter || prepared_tile_ != tile) {
+      prepared_adapter_ = segment.adapter;
+      prepared_tile_ = tile;
+      unpack_vector<X>(p_.weight_type, shifted(view_.norm_weight, column), columns, norm_weight_);
+      unpack_vector<X>(p_.weight_type, shifted(view_.norm_bias, column), columns, norm_bias_);
+      if (wanted.normalized_gradient) {
+        down_.prepare(p_, shifted(view_.down, column), view_.down_stride, r, columns, false,
+                      segment.adapter_rows, packed_down_);
+      }
+      if (wants_out && wants_gradient) {
+        up_.prepare(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
+                    true, segment.adapter_rows, packed_up_);
+      }
     }
-    if (wants_out && wants_gradient) {
-      up_.prepare(p_, shifted(view_.up, column * view_.up_stride), view_.up_stride, r, columns,
-                  true, segment.rows, packed_up_);
-    }
-    std::fill(norm_weight_sum_, norm_weight_sum_ + sum_stride_, C(0));
-    std::fill(norm_bias_sum_, norm_bias_sum_ + sum_stride_, C(0));
+    if (segment.is_first()) std::fill(norm_weight_sum_, norm_bias_sum_ + sum_stride_, C(0));
     for (int64_t first = 0; first < segment.rows; first += kRows) {
       const int64_t count = std::min(kRows, segment.rows - first);
       const int64_t row_steps = steps<Product>(count);
-      const auto into = [first](const Sums& sums) { return first > 0 ? Into::kSum : sums.first; };
+      const bool goes_on = segment.first_row + first > 0;
+      const auto into = [&](const Sums& sums) { return goes_on ? Into::kSum : sums.first; };
       for (int64_t offset = 0; offset < columns; offset += kPartColumns) {
         const Part part = {
             segment, first, count, column + offset, std::min(kPartColumns, columns - offset),
@@ -640,6 +730,7 @@ class ColumnPass {
         }
       }
     }
+    if (!segment.is_last()) return;
     if (p_.weight_type == DataType::kFloat32) {
       write<float>(gradients, down_sum, up_sum, r, column, columns);
     } else {
@@ -658,7 +749,7 @@ class ColumnPass {
   Sums sums(const Segment& segment, void* gradient, int64_t first, int64_t stride, int64_t columns,
             C* scratch, int64_t scratch_stride) const {
     const bool converts = (p_.weight_type == DataType::kFloat32) != std::is_same_v<C, float>;
-    if (!gradient || segment.rows > kRows || converts || columns % kLanes<C> != 0) {
+    if (!gradient || segment.adapter_rows > kRows || converts || columns % kLanes<C> != 0) {
       return {scratch, scratch_stride, false, Into::kNew};
     }
     const int64_t matrix_rows = view_.bottleneck * width_ / stride;
@@ -682,7 +773,12 @@ class ColumnPass {
       if (next.first >= part.segment.rows) {
         next.first = 0;
         tile += tiles_.columns;
-        if (tile >= width_) return {};
+        if (tile >= width_) {
+          const int64_t count = std::min(results_.next.rows, kMostBlockRows);
+          Ahead ahead;
+          ahead.set(next_, first_pass_pieces<X>(p_, results_.next, 0, count, next_));
+          return ahead;
+        }
       }
       next.count = std::min(kRows, part.segment.rows - next.first);
       results_.activated.pieces(next.segment, next.first, next_);
@@ -763,7 +859,7 @@ class ColumnPass {
       const C* out = out_ + i * kPartStride;
       C* mask = masks_[i % Product::kElements];
       if (masked) dropout_.fill(x_row, part.column, part.columns, mask);
-      const C* sums = results_.sums.get() + 2 * (part.segment.first_position + part.first + i);
+      const C* sums = results_.sums + 2 * (part.segment.first_position + part.first + i);
       const Vector<C> mean = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.mean)[x_row]);
       const Vector<C> rstd = splat<C>(pre_ ? C(0) : static_cast<const C*>(p_.rstd)[x_row]);
       return [=, this](int64_t c, auto extent) -> Vector<C> {
@@ -808,7 +904,7 @@ class ColumnPass {
       const X* x = static_cast<const X*>(p_.x) + begin;
       const X* grad_y = static_cast<const X*>(p_.grad_y) + begin;
       X* to = p_.grad_x ? static_cast<X*>(p_.grad_x) + begin : nullptr;
-      const C* sums = results_.sums.get() + 2 * (part.segment.first_position + part.first + i);
+      const C* sums = results_.sums + 2 * (part.segment.first_position + part.first + i);
       const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[x_row]);
       const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[x_row]);
       const Vector<C> sum = splat<C>(sums[0]), product_sum = splat<C>(sums[1]);
@@ -890,15 +986,17 @@ class ColumnPass {
   const LinearAdapterBackward& p_;
   const Plan& plan_;
   const RowResults<C, Product>& results_;
-  const Tiles tiles_;
+  const Tiles<C> tiles_;
   const Dropout dropout_;
   const bool pre_;
   const int64_t width_, sum_stride_;
   const bool streams_;
   AdapterView view_;
   Weights down_, up_;
-  C *packed_down_, *packed_up_, *down_sum_, *up_sum_, *x_, *out_, *gradient_, *product_,
-      *norm_weight_, *norm_bias_, *norm_weight_sum_, *norm_bias_sum_;
+  int64_t prepared_adapter_ = -1, prepared_tile_ = -1;
+  C *packed_down_, *packed_up_, *own_sums_, *x_, *out_, *gradient_, *product_, *norm_weight_,
+      *norm_bias_;
+  C *norm_weight_sum_ = nullptr, *norm_bias_sum_ = nullptr;  // of the tile
   C* masks_[2];
   Ahead::Piece next_[2 * kRows + 4];
 };
@@ -907,9 +1005,9 @@ class ColumnPass {
 template <class X>
 void clear_unused(const LinearAdapterBackward& p, const Plan& plan) {
   const size_t size = p.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
-  auto segment = plan.segments.begin();
+  auto segment = plan.active.segments.begin();
   for (int64_t a = 0; a < p.routing.adapters; ++a) {
-    if (segment != plan.segments.end() && segment->adapter == a) {
+    if (segment != plan.active.segments.end() && segment->adapter == a) {
       ++segment;
       continue;
     }
@@ -929,40 +1027,69 @@ void clear_unused(const LinearAdapterBackward& p, const Plan& plan) {
 template <class X, class Product>
 void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Parallel& parallel) {
   using C = Accumulate<X>;
-  RowResults<C, Product> results(problem, plan);
+  using Setup = typename Product::Setup;
+  using Results = RowResults<C, Product>;
   using Rows = RowPass<X, Product>;
   using Columns = ColumnPass<X, Product>;
-  const int64_t segments = static_cast<int64_t>(plan.segments.size());
-  int64_t largest = 0;
-  for (const Segment& segment : plan.segments) largest = std::max(largest, segment.rows);
-  if (segments >= 2 * parallel.threads && largest * parallel.threads <= plan.active_rows) {
-    // Many adapters: each task does some of them whole, so that their weights and rows are still in
-    // its cache for the second pass.
-    const typename Columns::Tiles tiles(problem, 1);
-    const int64_t tasks = std::min(parallel.threads, segments);
+  const std::vector<Segment>& segments = plan.active.segments;
+  const int64_t count = static_cast<int64_t>(segments.size()), threads = parallel.threads;
+  int64_t longest = 0;
+  for (const Segment& segment : segments) longest = std::max(longest, segment.rows);
+  const bool many = count >= 2 * threads && longest * threads <= plan.active.rows;
+  const bool streamed =
+      problem.grad_x && streams<X>(problem.grad_x, plan.active.rows, problem.hidden_size);
+  if (threads == 1 || many) {
+    // Each task does some adapters whole, so that their weights and rows are still in its cache for
+    // the second pass.
+    const Tiles<C> tiles(problem, 1);
+    const Ranges<C, Product> ranges(problem, tiles, true);
+    const bool carries = ranges.carry && longest > ranges.most_rows;
+    const int64_t tasks = std::min(threads, count);
     parallel(tasks, [&](int64_t task) {
-      [[maybe_unused]] const typename Product::Setup setup;
+      [[maybe_unused]] const Setup setup;
+      Results results(problem, std::min(longest, ranges.most_rows), 1,
+                      carries ? tiles.count * tiles.sum_size(problem.hidden_stride) : 0);
       Rows rows(problem, plan, results);
-      Columns columns(problem, plan, results, tiles);
-      for (const Segment& segment : plan.segments) {
-        if (segment.first_position * tasks / plan.active_rows != task) continue;
-        rows.run(segment);
-        columns.run(segment);
+      Columns columns(problem, plan, results, tiles, streamed);
+      const auto is_own = [&](const Segment& segment) {
+        return segment.first_position * tasks / plan.active.rows == task;
+      };
+      auto segment = std::find_if(segments.begin(), segments.end(), is_own);
+      while (segment != segments.end()) {
+        const auto next = std::find_if(segment + 1, segments.end(), is_own);
+        ranges.for_each({&*segment, 1}, results.range, [&] {
+          const Segment& part = results.range.segments[0];
+          if (!part.is_last()) {
+            results.next = segment->part(part.first_row + part.rows, ranges.part_rows);
+          } else {
+            results.next = next != segments.end() ? *next : Segment{};
+          }
+          rows.run(0, 1);
+          columns.run(0, 1);
+        });
+        segment = next;
       }
     });
     return;
   }
-  const int64_t row_tasks =
-      std::min(parallel.threads, (plan.active_rows + kTileRows - 1) / kTileRows);
-  parallel(row_tasks, [&](int64_t task) {
-    [[maybe_unused]] const typename Product::Setup setup;
-    Rows(problem, plan, results).run(task, row_tasks);
-  });
-  const typename Columns::Tiles tiles(problem, parallel.threads);
-  const int64_t column_tasks = std::min(parallel.threads, tiles.count * segments);
-  parallel(column_tasks, [&](int64_t task) {
-    [[maybe_unused]] const typename Product::Setup setup;
-    Columns(problem, plan, results, tiles).run(task, column_tasks);
+  const Tiles<C> tiles(problem, threads);
+  const Ranges<C, Product> ranges(problem, tiles, false);
+  const bool carries = longest > ranges.most_rows;
+  Results results(problem, std::min(plan.active.rows, ranges.most_rows), count,
+                  carries ? tiles.count * tiles.sum_size(problem.hidden_stride) : 0);
+  ranges.for_each(segments, results.range, [&] {
+    const Range& range = results.range;
+    const int64_t row_tasks = std::min(threads, (range.rows + kTileRows - 1) / kTileRows);
+    parallel(row_tasks, [&](int64_t task) {
+      [[maybe_unused]] const Setup setup;
+      Rows(problem, plan, results).run(task, row_tasks);
+    });
+    const int64_t column_tasks =
+        std::min(threads, tiles.count * static_cast<int64_t>(range.segments.size()));
+    parallel(column_tasks, [&](int64_t task) {
+      [[maybe_unused]] const Setup setup;
+      Columns(problem, plan, results, tiles, streamed).run(task, column_tasks);
+    });
   });
 }
 
@@ -981,7 +1108,7 @@ void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
       }
     }
   }
-  if (plan.active_rows == 0) return;
+  if (plan.active.rows == 0) return;
   with_product<X>(problem,
                   [&]<class Product>() { run_passes<X, Product>(problem, plan, parallel); });
 }

@@ -118,7 +118,7 @@ class Forward {
         // The post norm needs a whole row of the second product before it can start.
         out_columns_(pre_ ? kColumnBlock : width_),
         out_stride_(padded<C>(out_columns_) + kRowPadding<C>),
-        streams_(streams<X>(problem.y, plan.active_rows, problem.hidden_size)) {
+        streams_(streams<X>(problem.y, plan.active.rows, problem.hidden_size)) {
     const int64_t r = p_.hidden_stride;
     const int64_t down_size = WeightOperand<X, Product>::size(width_, r);
     const int64_t up_size = WeightOperand<X, Product>::size(r, width_);
@@ -146,20 +146,22 @@ class Forward {
   // Some blocks of rows of all segments.
   void run(int64_t task, int64_t tasks) {
     const Segment* packed = nullptr;
-    for_each_block(plan_, block_rows_, task, tasks, [&](const Block& block, const Block& next) {
-      const Segment& segment = *block.segment;
-      if (packed != &segment) {
-        const Blocks blocks(plan_, segment, block_rows_, tasks);
-        prepare_adapter(segment, blocks.rows_in_task);
-      }
-      packed = &segment;
-      for (int64_t i = 0; i < next.count; ++i) {
-        const int64_t row = Plan::row(*next.segment, p_.routing.rows_per_sample, next.first + i);
-        next_[i] = {static_cast<const X*>(p_.x) + row * width_, width_ * int64_t{sizeof(X)}};
-      }
-      ahead_.set(next_, next.count);
-      run_block(segment, block.first, block.count);
-    });
+    for_each_block(
+        plan_.active, block_rows_, task, tasks, [&](const Block& block, const Block& next) {
+          const Segment& segment = *block.segment;
+          if (packed != &segment) {
+            const Blocks blocks(plan_.active, segment, block_rows_, tasks);
+            prepare_adapter(segment, blocks.rows_in_task);
+          }
+          packed = &segment;
+          for (int64_t i = 0; i < next.count; ++i) {
+            const int64_t row =
+                Plan::row(*next.segment, p_.routing.rows_per_sample, next.first + i);
+            next_[i] = {static_cast<const X*>(p_.x) + row * width_, width_ * int64_t{sizeof(X)}};
+          }
+          ahead_.set(next_, next.count);
+          run_block(segment, block.first, block.count);
+        });
     finish_streams();
   }
 
@@ -368,7 +370,7 @@ class Forward {
 template <class X, class Product>
 void run_by_rows(const LinearAdapterForward& problem, const Plan& plan, const Parallel& parallel,
                  Accumulate<X>* penalties) {
-  const int64_t blocks = (plan.active_rows + kTileRows - 1) / kTileRows;
+  const int64_t blocks = (plan.active.rows + kTileRows - 1) / kTileRows;
   const int64_t tasks = std::min(parallel.threads, blocks);  // no task for less than a tile
   parallel(tasks, [&](int64_t task) {
     [[maybe_unused]] const typename Product::Setup setup;
@@ -383,10 +385,10 @@ bool shares_columns(const LinearAdapterForward& problem, const Plan& plan, int64
   constexpr int64_t worthwhile = 1 << 18;  // elements of a weight; entering tasks takes time too
   const int64_t r = problem.hidden_stride;
   bool few_rows = true;
-  for (const Segment& segment : plan.segments) {
+  for (const Segment& segment : plan.active.segments) {
     few_rows = few_rows && segment.rows <= std::min(kMostBlockRows, r / 2);
   }
-  return few_rows && static_cast<int64_t>(plan.segments.size()) < tasks &&
+  return few_rows && static_cast<int64_t>(plan.active.segments.size()) < tasks &&
          problem.norm_position == NormPosition::kPre && r * problem.hidden_size >= worthwhile;
 }
 
@@ -397,7 +399,7 @@ void run_by_columns(const LinearAdapterForward& problem, const Plan& plan,
   using Rows = Forward<X, Product>;
   const std::unique_ptr<C[]> hidden(new C[static_cast<size_t>(Rows::hidden_elements(problem))]);
   const int64_t tasks = parallel.threads;
-  for (const Segment& segment : plan.segments) {
+  for (const Segment& segment : plan.active.segments) {
     parallel(tasks, [&](int64_t task) {
       [[maybe_unused]] const typename Product::Setup setup;
       Rows(problem, plan, nullptr).run_down(segment, task, tasks, hidden.get());
@@ -432,8 +434,8 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
     }
   }
   std::unique_ptr<C[]> penalties;
-  if (problem.l2_lambda) penalties.reset(new C[static_cast<size_t>(plan.active_rows)]);
-  if (plan.active_rows > 0) {
+  if (problem.l2_lambda) penalties.reset(new C[static_cast<size_t>(plan.active.rows)]);
+  if (plan.active.rows > 0) {
     with_product<X>(problem, [&]<class Product>() {
       if (!penalties && shares_columns(problem, plan, parallel.threads)) {
         run_by_columns<X, Product>(problem, plan, parallel);
@@ -445,7 +447,7 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
   C* aux = static_cast<C*>(problem.aux);
   std::fill(aux, aux + problem.routing.adapters, C(0));
   if (penalties) {
-    for (const Segment& segment : plan.segments) {
+    for (const Segment& segment : plan.active.segments) {
       double sum = 0.0;  // in the order of the segment's rows, whatever the threads
       for (int64_t i = 0; i < segment.rows; ++i) sum += penalties[segment.first_position + i];
       const double lambda = static_cast<const C*>(problem.l2_lambda)[segment.adapter];

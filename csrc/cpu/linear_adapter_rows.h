@@ -37,8 +37,8 @@ struct Blocks {
   int64_t count;
   int64_t rows_in_task;  // of this segment, for one task
 
-  Blocks(const Plan& plan, const Segment& segment, int64_t rows_in_block, int64_t tasks) {
-    const bool few_segments = static_cast<int64_t>(plan.segments.size()) < tasks;
+  Blocks(const Range& range, const Segment& segment, int64_t rows_in_block, int64_t tasks) {
+    const bool few_segments = static_cast<int64_t>(range.segments.size()) < tasks;
     const int64_t shares = few_segments && segment.rows >= tasks * kTileRows ? tasks : 1;
     rows_in_task = (segment.rows + shares - 1) / shares;
     const int64_t in_share =
@@ -320,15 +320,14 @@ struct Block {
 // `next` the one that follows or empty. Packing an adapter costs about as much as kPackingRows
 // rows.
 template <class Body>
-static void for_each_block(const Plan& plan, int64_t rows_in_block, int64_t task, int64_t tasks,
+static void for_each_block(const Range& range, int64_t rows_in_block, int64_t task, int64_t tasks,
                            Body&& body) {
   constexpr int64_t kPackingRows = 8;
-  const int64_t total =
-      plan.active_rows + kPackingRows * static_cast<int64_t>(plan.segments.size());
+  const int64_t total = range.rows + kPackingRows * static_cast<int64_t>(range.segments.size());
   int64_t cost = 0;
   Block ready = {};
-  for (const Segment& segment : plan.segments) {
-    const int64_t blocks = Blocks(plan, segment, rows_in_block, tasks).count;
+  for (const Segment& segment : range.segments) {
+    const int64_t blocks = Blocks(range, segment, rows_in_block, tasks).count;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * segment.rows / blocks;
       const int64_t count = (block + 1) * segment.rows / blocks - first;

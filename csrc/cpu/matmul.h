@@ -430,6 +430,9 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
       std::fill(out + row * out_row, out + row * out_row + padded<C>(columns), C(0));
     }
   }
+  // Tiles of equal size: a small last one would take almost as long as a whole one.
+  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t even = rows / std::max<int64_t>(row_tiles, 1), larger = rows - even * row_tiles;
   constexpr int64_t block_steps = kBlockK / Product::kElements;
   for (int64_t k = 0; k < k_count; k += block_steps) {
     const int64_t block = std::min(block_steps, k_count - k);
@@ -439,8 +442,8 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
       // The hardware does not see where the next panel is if its rows lie far apart.
       const bool apart = right.k_stride > kPanel<C> && columns - column > kPanel<C>;
       const int64_t b_ahead = apart ? right.panel_stride : 0;
-      for (int64_t row = 0; row < rows; row += kTileRows) {
-        const int64_t count = std::min<int64_t>(kTileRows, rows - row);
+      for (int64_t row = 0, i = 0, count; row < rows; row += count, ++i) {
+        count = even + (i < larger ? 1 : 0);
         C* to = out + row * out_row + column;
         const auto run =
             narrow ? tile_of_rows<C, Product, 1> : tile_of_rows<C, Product, kPanelVectors>;

@@ -89,8 +89,7 @@ void Plan::build(const LinearAdapterProblem& problem) {
     }
     const int64_t rows = samples.count * routing.rows_per_sample;
     if (rows == 0) continue;
-    segments.push_back({a, end - begin, samples, rows, active_rows});
-    active_rows += rows;
+    active.add({a, end - begin, rows, samples, 0, rows, 0});
   }
   if (routing.order) {
     const int64_t begin = routing.offsets[routing.adapters];
@@ -118,7 +117,7 @@ void* thread_scratch(int slot, int64_t bytes) {
     std::unique_ptr<void, Free> memory;
     int64_t capacity = 0;
   };
-  thread_local Buffer buffers[2];
+  thread_local Buffer buffers[3];
   Buffer& buffer = buffers[slot];
   if (bytes > buffer.capacity) {
     buffer.memory.reset();

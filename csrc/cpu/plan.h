@@ -32,20 +32,48 @@ struct Samples {
   int64_t operator[](int64_t i) const { return list ? list[i] : first + i; }
 };
 
-// The active rows of one adapter.
+// Active rows of one adapter.
 struct Segment {
   int64_t adapter;
   int64_t adapter_samples;  // B_a, dropped ones included
+  int64_t adapter_rows;     // all active ones
   Samples samples;
-  int64_t rows;
-  int64_t first_position;  // of its rows among the active rows of the call
+  int64_t first_row;       // of the samples' rows
+  int64_t rows;            // from the first on
+  int64_t first_position;  // of its rows among those of the range
+
+  bool is_first() const { return first_row == 0; }
+  bool is_last() const { return first_row + rows == adapter_rows; }
+
+  // At most `most` of its rows, from one on.
+  Segment part(int64_t first, int64_t most) const {
+    Segment part = *this;
+    part.first_row += first;
+    part.rows = rows - first < most ? rows - first : most;
+    return part;
+  }
+};
+
+// Rows that are worked on together, by adapter.
+struct Range {
+  std::vector<Segment> segments;
+  int64_t rows = 0;
+
+  void add(Segment segment) {
+    segment.first_position = rows;
+    rows += segment.rows;
+    segments.push_back(segment);
+  }
+  void clear() {
+    segments.clear();
+    rows = 0;
+  }
 };
 
 struct Plan {
-  std::vector<Segment> segments;
+  Range active;
   std::vector<Samples> untouched;  // no adapter, or dropped by stochastic depth
-  int64_t active_rows = 0;
-  double depth_scale = 1.0;  // 1 / keep probability
+  double depth_scale = 1.0;        // 1 / keep probability
 
   Plan();
   ~Plan();
@@ -54,8 +82,9 @@ struct Plan {
 
   void build(const LinearAdapterProblem& problem);
 
-  // The row of x for the i-th active row of a segment.
+  // The row of x for the i-th row of a segment.
   static int64_t row(const Segment& segment, int64_t rows_per_sample, int64_t i) {
+    i += segment.first_row;
     if (rows_per_sample == 1) return segment.samples[i];
     return segment.samples[i / rows_per_sample] * rows_per_sample + i % rows_per_sample;
   }
@@ -69,8 +98,8 @@ struct Plan {
 // True where the system does not say.
 bool has_page(const void* address);
 
-// Two buffers of the calling thread, by slot, 64-byte aligned, at least `bytes` long. They are kept
-// for the next call, since fresh memory costs a page fault every 4 KiB. Throws std::bad_alloc.
+// Three buffers of the calling thread, by slot, 64-byte aligned, at least `bytes` long. They are
+// kept for the next call, since fresh memory costs a page fault every 4 KiB. Throws std::bad_alloc.
 void* thread_scratch(int slot, int64_t bytes);
 
 // Hands out pieces of a buffer of the thread.
