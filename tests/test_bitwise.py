@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_testing import Case, Results, make_weights
+from op_testing import Case, Results, assert_results_close, make_weights
 from torch import Tensor
 
 import adapter_ext
-from adapter_ext import AdapterWeights
+from adapter_ext import AdapterWeights, reference
 
 DTYPES = {
     "fp64": torch.float64,
@@ -104,6 +104,36 @@ def test_batch_invariance_of_large_results(norm_position: str, dtype: torch.dtyp
         )
         assert torch.equal(y[rows], y_part)
         assert torch.equal(dx[rows], dx_part)
+
+
+@every_dtype
+@every_norm_position
+@pytest.mark.parametrize("order", ["mixed", "sorted"])
+@pytest.mark.parametrize("sizes", [(50, 7), (600, 120)], ids=["50-7", "600-120"])
+def test_batch_invariance_of_many_rows(
+    sizes: tuple[int, int],
+    order: str,
+    norm_position: str,
+    dtype: torch.dtype,
+    set_num_threads: Callable[[int], None],
+) -> None:
+    """The CPU's backward goes over ranges of rows, which differ by the number of threads."""
+    hidden_size, bottleneck = sizes
+    case = Case(
+        shape=(2600, hidden_size),
+        bottlenecks=(bottleneck, bottleneck, 5),
+        dtype=dtype,
+        options={"norm_position": norm_position, **TRAINING["training"], "stochastic_depth": 0.0},
+    )
+    call = case.build()
+    ids = torch.tensor([0] * 10 + [1, 1, -1]).repeat(200)
+    call.routing = adapter_ext.route(ids if order == "mixed" else ids.sort().values, 3)
+    set_num_threads(1)
+    expected = call.results()
+    assert_results_close(expected, call.upcast().results(reference.linear_adapter), dtype)
+    for threads in (2, 3):
+        set_num_threads(threads)
+        assert_same_bits(call.results(), expected)
 
 
 @every_dtype

@@ -432,8 +432,8 @@ class RowPass {
                                 ahead);
       }
       LeftOperand<C> gradient = {gradient_, gradient_stride_, 1};
-      if (const C* stored = stored_gradient(segment, first)) {
-        gradient = {stored + column, width_, 1};
+      if (const C* stored = stored_gradient(segment, first, count, column, columns)) {
+        gradient = {stored, width_ / Product::kElements, 1};
       } else if (wants_hidden_ || !pre_) {
         for (int64_t i = 0; i < count; ++i) {
           gradient_row(segment, first + i, column, columns, gradient_ + i * gradient_stride_,
@@ -466,11 +466,19 @@ class RowPass {
     results_.activated.set_transposed(segment, first, count, r, activated_, hidden_stride_);
   }
 
-  // do of the rows from the first on where that is a left operand as it is stored, else null.
-  const C* stored_gradient(const Segment& segment, int64_t first) const {
+  // Some columns of do where that is a left operand as it is stored, else null.
+  const C* stored_gradient(const Segment& segment, int64_t first, int64_t count, int64_t column,
+                           int64_t columns) const {
+    if (!stored_ || segment.samples.list) return nullptr;
+    const X* from = static_cast<const X*>(p_.grad_y) + row(segment, first) * width_ + column;
     if constexpr (std::is_same_v<X, C>) {
-      if (stored_ && !segment.samples.list) {
-        return static_cast<const C*>(p_.grad_y) + row(segment, first) * width_;
+      return from;
+    } else if constexpr (kPairs) {
+      // Steps are whole, and in whole groups; tiles have all their rows.
+      if (width_ % Product::kElements == 0 &&
+          columns == Product::kElements * steps<Product>(columns) &&
+          count % Product::kStepGroup == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(C) == 0) {
+        return reinterpret_cast<const C*>(from);
       }
     }
     return nullptr;
@@ -788,6 +796,8 @@ class ColumnPass {
     next.column = tile + next.offset;
     next.columns = std::min({kPartColumns, tiles_.columns - next.offset, width_ - next.column});
     for (const void* matrix : {p_.grad_y, p_.x}) {
+      // The first pass has just read dy if the range has no other rows.
+      if (matrix == p_.grad_y && part.segment.rows <= kRows) continue;
       for (int64_t i = 0; i < next.count; ++i) {
         next_[pieces++] = {static_cast<const X*>(matrix) + at(next, i),
                            next.columns * int64_t{sizeof(X)}};
@@ -899,36 +909,63 @@ class ColumnPass {
 
   // From dn (post: dx without the residual) the gradients of x and of the pre norm.
   void finish_rows(const Part& part, bool norm) {
-    for (int64_t i = 0; i < part.count; ++i) {
-      const int64_t x_row = row(part.segment, part.first + i), begin = at(part, i);
-      const X* x = static_cast<const X*>(p_.x) + begin;
-      const X* grad_y = static_cast<const X*>(p_.grad_y) + begin;
-      X* to = p_.grad_x ? static_cast<X*>(p_.grad_x) + begin : nullptr;
-      const C* sums = results_.sums + 2 * (part.segment.first_position + part.first + i);
-      const Vector<C> mean = splat<C>(static_cast<const C*>(p_.mean)[x_row]);
-      const Vector<C> rstd = splat<C>(static_cast<const C*>(p_.rstd)[x_row]);
-      const Vector<C> sum = splat<C>(sums[0]), product_sum = splat<C>(sums[1]);
-      const C *product = product_ + i * kPartStride, *weight = norm_weight_ + part.offset;
-      C *weight_sum = norm_weight_sum_ + part.offset, *bias_sum = norm_bias_sum_ + part.offset;
-      const bool pre = pre_, residual = p_.residual, streams = streams_;
-      for_each_vector<C>(part.columns, [&](int64_t c, auto extent) {
-        Vector<C> d = load<C>(product + c, extent);
-        if (pre) {
-          const Vector<C> normalized = (load<C>(x + c, extent) - mean) * rstd;
-          if (norm) {
-            store<C>(weight_sum + c, load<C>(weight_sum + c) + d * normalized);
-            store<C>(bias_sum + c, load<C>(bias_sum + c) + d);
-          }
-          d = rstd * (d * load<C>(weight + c, extent) - sum - normalized * product_sum);
-        }
-        if (!to) return;
-        if (residual) d += load<C>(grad_y + c, extent);
-        if constexpr (std::is_same_v<decltype(extent), FullVector>) {
-          if (streams) return stream<C>(to + c, d);
-        }
-        store<C>(to + c, d, extent);
-      });
+    constexpr int64_t together = 4;  // rows, for which the norm's sums are loaded and stored once
+    for (int64_t i = 0; i < part.count; i += together) {
+      finish_some(part, i, std::min(together, part.count - i), norm);
     }
+  }
+
+  // All rows by the same code: another copy, for rows that are left, might be compiled to another
+  // rounding.
+  void finish_some(const Part& part, int64_t first, int64_t count, bool norm) {
+    struct {
+      const C* product;
+      const X *x, *grad_y;
+      X* to;
+      Vector<C> mean, rstd, sum, product_sum;
+    } rows[4];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t x_row = row(part.segment, part.first + first + i), begin = at(part, first + i);
+      const int64_t position = part.segment.first_position + part.first + first + i;
+      rows[i] = {product_ + (first + i) * kPartStride,
+                 static_cast<const X*>(p_.x) + begin,
+                 static_cast<const X*>(p_.grad_y) + begin,
+                 static_cast<X*>(p_.grad_x) + begin,
+                 splat<C>(static_cast<const C*>(p_.mean)[x_row]),
+                 splat<C>(static_cast<const C*>(p_.rstd)[x_row]),
+                 splat<C>(results_.sums[2 * position]),
+                 splat<C>(results_.sums[2 * position + 1])};
+    }
+    const C* norm_weight = norm_weight_ + part.offset;
+    C *weight_sums = norm_weight_sum_ + part.offset, *bias_sums = norm_bias_sum_ + part.offset;
+    const bool pre = pre_, residual = p_.residual, streams = streams_, writes = p_.grad_x;
+    for_each_vector<C>(part.columns, [&](int64_t c, auto extent) {
+      const Vector<C> weight = load<C>(norm_weight + c, extent);
+      Vector<C> weight_sum = load<C>(weight_sums + c), bias_sum = load<C>(bias_sums + c);
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < count; ++i) {
+        const auto& own = rows[i];
+        Vector<C> d = load<C>(own.product + c, extent);
+        if (pre) {
+          const Vector<C> normalized = (load<C>(own.x + c, extent) - own.mean) * own.rstd;
+          weight_sum += d * normalized;
+          bias_sum += d;
+          d = own.rstd * (d * weight - own.sum - normalized * own.product_sum);
+        }
+        if (!writes) continue;
+        if (residual) d += load<C>(own.grad_y + c, extent);
+        if constexpr (std::is_same_v<decltype(extent), FullVector>) {
+          if (streams) {
+            stream<C>(own.to + c, d);
+            continue;
+          }
+        }
+        store<C>(own.to + c, d, extent);
+      }
+      if (!norm) return;
+      store<C>(weight_sums + c, weight_sum);
+      store<C>(bias_sums + c, bias_sum);
+    });
   }
 
   template <class W>
