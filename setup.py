@@ -5,12 +5,14 @@ All else about the package stands in pyproject.toml.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,11 +23,19 @@ ROOT = Path(__file__).parent.resolve()
 
 # Machine code for 80 runs on 86, 87 and 89 as well, that for 100 on 103, that for 120 on 121.
 CUDA_ARCHS = "80;90;100;120"
-# What an environment without nvcc needs, where ADAPTER_EXT_CUDA=1 asks for it.
-CUDA_WHEELS = [
-    f"nvidia-{name}==13.0.*"
-    for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
-]
+
+
+def cuda_wheels() -> list[str]:
+    """What an environment without nvcc needs, where ADAPTER_EXT_CUDA=1 asks for it.
+
+    Of the release that torch has brought, if any: pip refuses another one.
+    """
+    release = "13.0"
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found = re.match(r"13\.\d+", metadata.version("nvidia-cuda-runtime"))
+        release = found[0] if found else release
+    names = ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
+    return [f"nvidia-{name}=={release}.*" for name in names]
 
 
 def find_nvcc() -> str | None:
@@ -37,6 +47,21 @@ def find_nvcc() -> str | None:
         return nvcc
     wheels = [Path(entry) / "nvidia" / "cu13" / "bin" for entry in sys.path]
     return shutil.which("nvcc", path=os.pathsep.join(map(str, wheels)))
+
+
+def find_runtime(toolkit: Path, release: str) -> Path:
+    """The folder with headers and static library of nvcc's release of the CUDA runtime.
+
+    Where torch has brought the wheel already, pip's build environment for the others gets the
+    newest runtime instead, which nvcc asks for without a version.
+    """
+    major, minor = map(int, release.split("."))
+    version = re.compile(rf"#define CUDART_VERSION\s+{1000 * major + 10 * minor}\b")
+    for folder in (toolkit, *(Path(entry) / "nvidia" / f"cu{major}" for entry in sys.path)):
+        header = folder / "include" / "cuda_runtime_api.h"
+        if header.exists() and version.search(header.read_text(errors="replace")):
+            return folder
+    return toolkit
 
 
 def cuda_options() -> list[str]:
@@ -53,7 +78,7 @@ def cuda_options() -> list[str]:
         if wanted == "1":
             raise SystemExit(
                 "ADAPTER_EXT_CUDA=1: expected nvcc on PATH, in CUDA_HOME or in a wheel. "
-                f"Without build isolation: pip install {' '.join(CUDA_WHEELS)}"
+                f"Without build isolation: pip install {' '.join(cuda_wheels())}"
             )
         return none
 
@@ -65,14 +90,14 @@ def cuda_options() -> list[str]:
     top = re.search(
         r"^#\$ TOP=(.*)$", output("--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE
     )
-    version = re.search(r"release [\d.]+, V([\d.]+)", output("--version"))
+    version = re.search(r"release ([\d.]+), V([\d.]+)", output("--version"))
     if top is None or version is None:
         raise SystemExit(f"{nvcc}: expected nvcc of a CUDA toolkit of version 13 or later")
     archs = os.environ.get("ADAPTER_EXT_CUDA_ARCHS", CUDA_ARCHS)
     return [
         f"-DADAPTER_EXT_NVCC={nvcc}",
-        f"-DADAPTER_EXT_NVCC_VERSION=nvcc {version[1]}",
-        f"-DADAPTER_EXT_CUDA_ROOT={Path(top[1]).resolve()}",
+        f"-DADAPTER_EXT_NVCC_VERSION=nvcc {version[2]}",
+        f"-DADAPTER_EXT_CUDA_ROOT={find_runtime(Path(top[1]).resolve(), version[1])}",
         f"-DADAPTER_EXT_CUDA_ARCHS={archs}",
     ]
 
@@ -122,7 +147,7 @@ setup(
     ext_modules=[Extension("adapter_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     # pip installs these for an isolated build; setuptools calls it so.
-    setup_requires=CUDA_WHEELS
+    setup_requires=cuda_wheels()
     if os.environ.get("ADAPTER_EXT_CUDA") == "1" and find_nvcc() is None
     else [],
 )

@@ -10,7 +10,8 @@ foreach(variable ADAPTER_EXT_CUDA_ROOT ADAPTER_EXT_CUDA_ARCHS)
 endforeach()
 
 # Machine code for each architecture, and PTX of the newest for those to come.
-set(cuda_flags -std=c++20 -O3 -I${CMAKE_SOURCE_DIR}/csrc
+# The runtime's headers may lie elsewhere than nvcc, which then has others of its own: see setup.py.
+set(cuda_flags -std=c++20 -O3 -I${CMAKE_SOURCE_DIR}/csrc -I${ADAPTER_EXT_CUDA_ROOT}/include
   -Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall,-Wextra)
 set(cuda_newest 0)
 foreach(arch IN LISTS ADAPTER_EXT_CUDA_ARCHS)

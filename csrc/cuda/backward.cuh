@@ -1064,12 +1064,10 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
     params.gradient[i] = room.take<T>(rows * kStepPitch<P>);
     params.up[i] = room.take<T>(kStep<P> * kBlockPitch<P>);
   }
-  const int bytes = static_cast<int>(room.bytes());
-  if (bytes > call.limits.shared_memory) return false;
+  if (room.bytes() > call.limits.shared_memory) return false;
   params.parts = Parts::make(b, rows, false);
-  launch("linear_adapter_backward: rows", &backward_rows_kernel<X, P, S>,
-         grid("linear_adapter_backward", params.parts.blocks), S::kThreads, bytes, call.stream,
-         params);
+  launch("linear_adapter_backward: rows", &backward_rows_kernel<X, P, S>, params.parts.blocks,
+         S::kThreads, room.bytes(), call.stream, params);
   return true;
 }
 
@@ -1078,12 +1076,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
   using T = typename P::Operand;
   using C = typename P::Sum;
   const LinearAdapterBackward& b = call.problem;
-  BackwardParams params{};
-  params.problem = b;
-  params.depth = b.stochastic_depth;
-  params.dropout = b.dropout;
-  params.sample_rows = std::max<int64_t>(b.routing.rows_per_sample, 1);
-  params.adapters = call.adapters;
+  auto params = call.params<BackwardParams>();
   params.padded = round_up(std::max<int64_t>(b.hidden_stride, 1), 16);
   params.column_blocks = (b.hidden_size + kBlock - 1) / kBlock;
   const int64_t processors = call.limits.multiprocessors, adapters = b.routing.adapters;
@@ -1106,13 +1099,10 @@ void Backward<X, P>::run(const BackwardCall& call) {
   }
   if (b.norm_position == NormPosition::kPre && adapters > 0 && b.rows > 0) {
     const int64_t groups = (b.hidden_stride + kWarps - 1) / kWarps;
-    launch("linear_adapter_backward: vectors", &vectors_kernel<X, C>,
-           grid("linear_adapter_backward", adapters * groups), kThreads, 0, call.stream, params);
+    launch("linear_adapter_backward: vectors", &vectors_kernel<X, C>, adapters * groups, kThreads,
+           0, call.stream, params);
   }
-  bool done = false;
-  if constexpr (sizeof(X) < 8) {
-    done = large_tiles<X>(b, processors) && backward_rows<X, P, LargeTile>(call, params);
-  }
+  const bool done = large_tiles(b, processors) && backward_rows<X, P, LargestTile<X>>(call, params);
   if (!done) backward_rows<X, P, SmallTile>(call, params);
   if (adapters == 0) return;
 
@@ -1163,16 +1153,14 @@ void Backward<X, P>::run(const BackwardCall& call) {
     layout.rows.weights[1] = take_piece();
     for (int i = 0; i < 2; ++i) layout.down[i] = layout.rows.weights[i];
   }
-  const int bytes = static_cast<int>(room.bytes());
   params.parts = Parts::make(b, range, true);
   launch("linear_adapter_backward: columns", &backward_columns_kernel<X, P>,
-         grid("linear_adapter_backward", params.parts.blocks * params.column_blocks),
-         ColumnTile<X, P>::kThreads, bytes, call.stream, params);
+         params.parts.blocks * params.column_blocks, S::kThreads, room.bytes(), call.stream,
+         params);
   if (b.rows > range) {
     launch("linear_adapter_backward: ranges", &backward_ranges_kernel<X, P>,
-           grid("linear_adapter_backward", adapters * params.column_blocks), LargeTile::kThreads,
-           static_cast<int>((kBlock * kSumPitch<C> + kBlock) * sizeof(C) + sizeof(Adapter)),
-           call.stream, params);
+           adapters * params.column_blocks, LargeTile::kThreads,
+           (kBlock * kSumPitch<C> + kBlock) * sizeof(C) + sizeof(Adapter), call.stream, params);
   }
 }
 

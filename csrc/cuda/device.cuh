@@ -185,18 +185,21 @@ inline Limits device_limits() {
   return limits;
 }
 
-// Runs kernel(params) in `grid` blocks of `threads` threads, each block with `shared` bytes of
+// Runs kernel(params) in `blocks` blocks of `threads` threads, each block with `shared` bytes of
 // shared memory.
 template <class Params>
-void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, int shared,
+void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, int64_t shared,
             cudaStream_t stream, const Params& params) {
+  if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows");
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)),
           name);
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  check(cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(threads)), arguments,
+  check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)),
+                         dim3(static_cast<unsigned>(threads)), arguments,
                          static_cast<size_t>(shared), stream),
         name);
 }

@@ -650,8 +650,8 @@ void forward_whole(const ForwardCall& call, ForwardParams& params) {
     take_x<X>(layout, S::kRows, f.hidden_size, limit);
   }
   params.parts = Parts::make(f, S::kRows, false);
-  launch("linear_adapter", &forward_kernel<X, P, S>, grid("linear_adapter", params.parts.blocks),
-         S::kThreads, params.layout.bytes, call.stream, params);
+  launch("linear_adapter", &forward_kernel<X, P, S>, params.parts.blocks, S::kThreads, layout.bytes,
+         call.stream, params);
 }
 
 template <class X, class P>
@@ -659,12 +659,7 @@ void Forward<X, P>::run(const ForwardCall& call) {
   using T = typename P::Operand;
   using C = typename P::Sum;
   const LinearAdapterForward& f = call.problem;
-  ForwardParams params{};
-  params.problem = f;
-  params.depth = f.stochastic_depth;
-  params.dropout = f.dropout;
-  params.sample_rows = std::max<int64_t>(f.routing.rows_per_sample, 1);
-  params.adapters = call.adapters;
+  auto params = call.params<ForwardParams>();
   const int64_t processors = call.limits.multiprocessors;
   const int64_t tiles = f.rows / 16 + std::min(f.routing.adapters, f.rows);
   const SharedLayout split_layout = shared_layout<X, P, SmallTile>(f, call.limits.shared_memory);
@@ -683,17 +678,17 @@ void Forward<X, P>::run(const ForwardCall& call) {
     *call.bytes = workspace.bytes();
     return;
   }
-  const auto launch_with = [&](const char* name, auto kernel, int64_t blocks) {
-    launch(name, kernel, grid(name, blocks), kThreads, params.layout.bytes, call.stream, params);
-  };
   if (split) {
     params.layout = split_layout;
     params.parts = Parts::make(f, 16, false);
+    const auto launch_split = [&](const char* name, auto kernel) {
+      launch(name, kernel, params.parts.blocks * params.splits, kThreads, params.layout.bytes,
+             call.stream, params);
+    };
     const int64_t wanted =
         4 * processors / std::max<int64_t>(std::min(tiles, params.parts.blocks), 1);
     params.splits = std::clamp<int64_t>(wanted, 1, chunks);
-    launch_with("linear_adapter's first product", &forward_down_kernel<X, P>,
-                params.parts.blocks * params.splits);
+    launch_split("linear_adapter's first product", &forward_down_kernel<X, P>);
     // Each of them reads all sums of the first product, so that more than one for a multiprocessor
     // pay only where a tile has few rows.
     const int64_t tile_rows = (f.rows + tiles - 1) / std::max<int64_t>(tiles, 1);
@@ -701,20 +696,18 @@ void Forward<X, P>::run(const ForwardCall& call) {
     params.splits = std::clamp<int64_t>(std::min(wanted, most), 1, column_blocks);
     if (f.norm_position == NormPosition::kPost) {
       params.statistics = true;
-      launch_with("linear_adapter's statistics", &forward_up_kernel<X, P>,
-                  params.parts.blocks * params.splits);
+      launch_split("linear_adapter's statistics", &forward_up_kernel<X, P>);
       params.statistics = false;
     }
-    launch_with("linear_adapter's second product", &forward_up_kernel<X, P>,
-                params.parts.blocks * params.splits);
-  } else if (large_tiles<X>(f, processors)) {
-    if constexpr (sizeof(X) < 8) forward_whole<X, P, LargeTile>(call, params);
+    launch_split("linear_adapter's second product", &forward_up_kernel<X, P>);
+  } else if (large_tiles(f, processors)) {
+    forward_whole<X, P, LargestTile<X>>(call, params);
   } else {
     forward_whole<X, P, SmallTile>(call, params);
   }
   if (f.l2_lambda && f.routing.adapters > 0) {
-    launch("linear_adapter's auxiliary loss", &aux_kernel<C>,
-           grid("linear_adapter", f.routing.adapters), kThreads, kWarps * 8, call.stream, params);
+    launch("linear_adapter's auxiliary loss", &aux_kernel<C>, f.routing.adapters, kThreads,
+           kWarps * 8, call.stream, params);
   }
 }
 

@@ -14,21 +14,31 @@ struct Call {
   void* workspace;
   int64_t* bytes;  // not null: only tells how large the workspace must be
   Stream stream;
+
+  // What a kernel is told of the call, as far as kernels of both directions share it.
+  template <class Params>
+  Params params() const {
+    Params params{};
+    params.problem = problem;
+    params.depth = problem.stochastic_depth;
+    params.dropout = problem.dropout;
+    params.sample_rows = std::max<int64_t>(problem.routing.rows_per_sample, 1);
+    params.adapters = adapters;
+    return params;
+  }
 };
 using ForwardCall = Call<LinearAdapterForward>;
 using BackwardCall = Call<LinearAdapterBackward>;
 
-// Whether tiles are of 64 rows, which read weights a quarter as often as those of 16, but are
-// fewer. Sums of float64 have no room in registers then.
+// The largest tile whose sums have room in registers.
 template <class X>
-bool large_tiles(const LinearAdapterProblem& problem, int64_t multiprocessors) {
-  const int64_t adapters = std::max<int64_t>(problem.routing.adapters, 1);
-  return sizeof(X) < 8 && problem.rows / 64 >= multiprocessors && problem.rows / adapters >= 48;
-}
+using LargestTile = std::conditional_t<sizeof(X) < 8, LargeTile, SmallTile>;
 
-inline dim3 grid(const char* name, int64_t blocks) {
-  if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows");
-  return dim3(static_cast<unsigned>(blocks));
+// Whether tiles are of 64 rows, which read weights a quarter as often as those of 16, but are
+// fewer.
+inline bool large_tiles(const LinearAdapterProblem& problem, int64_t multiprocessors) {
+  const int64_t adapters = std::max<int64_t>(problem.routing.adapters, 1);
+  return problem.rows / 64 >= multiprocessors && problem.rows / adapters >= 48;
 }
 
 }  // namespace adapter_ext::cuda

@@ -72,7 +72,7 @@ Call<ProblemType> make_call(const ProblemType& problem, void* workspace, int64_t
     params.to = list + first;
     params.count = static_cast<int>(std::min<int64_t>(count - first, Adapters::kInline));
     some(params.from, first, params.count);
-    launch("linear_adapter's list of adapters", &list_kernel, dim3(1), kThreads, 0, stream, params);
+    launch("linear_adapter's list of adapters", &list_kernel, 1, kThreads, 0, stream, params);
   }
   return call;
 }

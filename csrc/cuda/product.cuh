@@ -94,22 +94,18 @@ struct Product {
     const Warp warp;
     if constexpr (std::is_same_v<P, Tf32>) {
       for (int k = 0; k < depth; k += 8) {
-        const auto at = [](const T* tile, int pitch, bool along_k, int index, int k) {
-          return __float_as_uint(
-              round_tf32(along_k ? tile[index * pitch + k] : tile[k * pitch + index]));
-        };
-        const int row = warp.first_row + warp.g;
-        const uint32_t fragment[4] = {at(a, a_pitch, a_along_k, row, k + warp.t),
-                                      at(a, a_pitch, a_along_k, row + 8, k + warp.t),
-                                      at(a, a_pitch, a_along_k, row, k + warp.t + 4),
-                                      at(a, a_pitch, a_along_k, row + 8, k + warp.t + 4)};
+        uint32_t fragment[4];
+        read_tf32<a_along_k>(fragment, warp, a, a_pitch, warp.first_row, k);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          if (warp.first_column + 8 * i >= columns) break;
-          const int column = warp.first_column + 8 * i + warp.g;
-          const uint32_t other[2] = {at(b, b_pitch, b_along_k, column, k + warp.t),
-                                     at(b, b_pitch, b_along_k, column, k + warp.t + 4)};
-          multiply_add_tf32(sum[i], fragment, other);
+        for (int i = 0; i < kTiles; i += 2) {
+          static_assert(kTiles % 2 == 0);
+          const int column = warp.first_column + 8 * i;
+          if (column >= columns) break;
+          uint32_t pair[4];
+          read_tf32<b_along_k>(pair, warp, b, b_pitch, column, k);
+          const uint32_t first[2] = {pair[0], pair[2]}, second[2] = {pair[1], pair[3]};
+          multiply_add_tf32(sum[i], fragment, first);
+          multiply_add_tf32(sum[i + 1], fragment, second);
         }
       }
     } else if constexpr (std::is_same_v<P, MultiplyAdd<C>>) {
@@ -169,6 +165,26 @@ struct Product {
         }
       }
     }
+  }
+
+  // The part [16, 8 of k] of a tile, as mma's left fragment has it; its even and its odd elements
+  // are two right fragments. Where tiles are stored along k, a row of the matrices that
+  // load_matrices reads is four floats.
+  template <bool along_k>
+  static __device__ __forceinline__ void read_tf32(uint32_t (&to)[4], const Warp& warp,
+                                                   const float* tile, int pitch, int index, int k) {
+    if constexpr (along_k) {
+      const int matrix = warp.lane / 8, line = warp.lane % 8;
+      load_matrices<false>(to, tile + (index + matrix % 2 * 8 + line) * pitch + k + matrix / 2 * 4);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        to[e] =
+            __float_as_uint(tile[(k + e / 2 * 4 + warp.t) * pitch + index + e % 2 * 8 + warp.g]);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[e] = __float_as_uint(round_tf32(__uint_as_float(to[e])));
   }
 
   // Calls function(row, column, two sums in neighbouring columns, which pair of the lane's: 0 and 1

@@ -123,10 +123,9 @@ void route(const int64_t* ids, int64_t samples, int64_t adapters, int64_t* order
   params.order = order;
   params.offsets = offsets;
   params.places = static_cast<int64_t*>(workspace);
-  const dim3 spans = grid("route", params.spans);
-  launch("route: count", &count_kernel, spans, 32, 0, stream, params);
-  launch("route: scan", &scan_kernel, dim3(1), kScanThreads, kScanThreads / 32 * 8, stream, params);
-  launch("route: scatter", &scatter_kernel, spans, 32, 0, stream, params);
+  launch("route: count", &count_kernel, params.spans, 32, 0, stream, params);
+  launch("route: scan", &scan_kernel, 1, kScanThreads, kScanThreads / 32 * 8, stream, params);
+  launch("route: scatter", &scatter_kernel, params.spans, 32, 0, stream, params);
 }
 
 }  // namespace adapter_ext::cuda

@@ -11,14 +11,14 @@ struct Params {
 };
 
 // Defines run_KERNEL, which returns whether the launch went well.
-#define SIMT_RUN(kernel, blocks, threads, shared)                                         \
-  extern "C" __attribute__((visibility("default"))) bool run_##kernel(const float* in,    \
-                                                                      float* out) {       \
-    try {                                                                                 \
-      adapter_ext::cuda::launch(#kernel, &kernel, dim3(blocks), threads, shared, nullptr, \
-                                Params{in, out});                                         \
-      return true;                                                                        \
-    } catch (const std::exception&) {                                                     \
-      return false;                                                                       \
-    }                                                                                     \
+#define SIMT_RUN(kernel, blocks, threads, shared)                                      \
+  extern "C" __attribute__((visibility("default"))) bool run_##kernel(const float* in, \
+                                                                      float* out) {    \
+    try {                                                                              \
+      adapter_ext::cuda::launch(#kernel, &kernel, blocks, threads, shared, nullptr,    \
+                                Params{in, out});                                      \
+      return true;                                                                     \
+    } catch (const std::exception&) {                                                  \
+      return false;                                                                    \
+    }                                                                                  \
   }

@@ -159,7 +159,7 @@ extern "C" __attribute__((visibility("default"))) bool run_primitive(const char*
                                                                      unsigned mask) {
   try {
     const int blocks = std::string(name) == "atomics" ? 2 : 1;
-    adapter_ext::cuda::launch(name, find(name, exchange), dim3(blocks), 32, 1024, nullptr,
+    adapter_ext::cuda::launch(name, find(name, exchange), blocks, 32, 1024, nullptr,
                               Params{in, other, out, argument, width, mask});
     return true;
   } catch (const std::exception&) {

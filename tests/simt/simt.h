@@ -319,14 +319,15 @@ inline Limits device_limits() {
 }
 
 template <class Params, class Stream>
-void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, int shared, Stream,
-            const Params& params) {
+void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, int64_t shared,
+            Stream, const Params& params) {
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
   using Kernel = void (*)(Params);
   const auto call = [](const void* kernel, const void* params) {
     (*static_cast<const Kernel*>(kernel))(*static_cast<const Params*>(params));
   };
-  simt::run({name, grid, threads, shared, call, &kernel, &params});
+  simt::run({name, dim3(static_cast<unsigned>(blocks)), threads, static_cast<int>(shared), call,
+             &kernel, &params});
 }
 
 }  // namespace adapter_ext::cuda
