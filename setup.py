@@ -102,6 +102,17 @@ def cuda_options() -> list[str]:
     ]
 
 
+def kept_for(build: Path) -> str:
+    """What the objects of an earlier build depend on and Ninja does not see."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    facts = [str(build), *compiler]
+    facts += [os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS", "CMAKE_ARGS")]
+    if shutil.which(compiler[0]):
+        version = [*compiler, "--version"]
+        facts += [subprocess.run(version, capture_output=True, text=True, check=False).stdout]
+    return "\n".join(facts)
+
+
 class CMakeBuild(build_ext):
     """Builds all native libraries into the package's folder."""
 
@@ -115,7 +126,13 @@ class CMakeBuild(build_ext):
         else:
             package = Path(self.build_lib).resolve() / "adapter_ext"
             build = Path(self.build_temp).resolve() / "cmake"
-            shutil.rmtree(build, ignore_errors=True)  # it may hold paths of an environment now gone
+            # CPU kernels take most of the time, and depend on nothing in the environment, which pip
+            # makes anew: their objects are kept for a compiler that would make the same ones.
+            stamp, facts = build / "kept_for.txt", kept_for(build)
+            if not stamp.exists() or stamp.read_text() != facts:
+                shutil.rmtree(build, ignore_errors=True)
+                build.mkdir(parents=True)
+                stamp.write_text(facts)
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",

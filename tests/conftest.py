@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+
+# Before torch is there: threads that wait for work must not spin where other processes need the
+# cores, which are other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
@@ -19,6 +25,30 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("adapter_ext")
+
+WORKERS = 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in some processes, unless -n says otherwise; a file in one of them.
+
+    Files and tests that are named run in this process: workers take seconds to start.
+    """
+    option = config.option
+    if not config.pluginmanager.has_plugin("xdist") or hasattr(config, "workerinput"):
+        return
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if option.numprocesses is None and not named and not option.tx and not option.usepdb:
+        option.numprocesses = WORKERS
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadfile"
+
+
+def pytest_collection_finish() -> None:
+    """Keeps Python from looking for garbage in all that was imported, and stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,14 @@ The latest objects and libraries are kept in ``build/simt``, under a hash of wha
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -161,7 +163,9 @@ def _made(command: Command) -> Path:
                 key.update(included.read_bytes())
     key.update(_headers() + _compiler(arguments[0]))
     file = CACHE / name / key.hexdigest()[:16] / name
-    if not file.exists():
+    with _alone(name):
+        if file.exists():
+            return file
         file.parent.mkdir(parents=True, exist_ok=True)
         _remove_old(CACHE / name)
         temporary = file.with_name(f"{os.getpid()}.{name}")
@@ -175,6 +179,15 @@ def _made(command: Command) -> Path:
             raise RuntimeError(f"{' '.join(arguments)}\n{run.stdout}{run.stderr}")
         temporary.replace(file)
     return file
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """One thread of one process at a time: tests that run at once need the same files."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _remove_old(folder: Path) -> None:
@@ -214,12 +227,13 @@ def simulator() -> Path:
     for source in sorted(SIMULATOR.glob("*.*")):
         key.update(source.read_bytes())
     folder = CACHE / f"ptxsim-{key.hexdigest()[:16]}"
-    if not (folder / "libcudart_sim.so").exists():
-        subprocess.run(
-            ["make", f"-j{JOBS}", f"OUT={folder}"],
-            cwd=SIMULATOR,
-            check=True,
-            capture_output=True,
-            env=_environment(),
-        )
+    with _alone("ptxsim"):
+        if not (folder / "libcudart_sim.so").exists():
+            subprocess.run(
+                ["make", f"-j{JOBS}", f"OUT={folder}"],
+                cwd=SIMULATOR,
+                check=True,
+                capture_output=True,
+                env=_environment(),
+            )
     return folder
