@@ -9,6 +9,7 @@ import importlib
 import os
 import pathlib
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -35,8 +36,9 @@ def by_clock(clock: Callable[[], float], function: Callable[[], object]) -> Call
     """The sampler for the CPU: each sample is the mean of at least ``MIN_SAMPLE_SECONDS``."""
 
     def sample(loops: int) -> float:
-        if loops > 1:
-            function()  # what was timed before has put other things into the caches
+        # What was timed before has put other things into the caches, and its threads may still look
+        # for work: whoever is timed after that would pay for it.
+        function()
         start = clock()
         for _ in range(loops):
             function()
@@ -79,10 +81,13 @@ def interleaved(
     take = {name: sampler(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds * len(functions)
+    # In another order each round: what was timed before leaves its mark on caches and threads.
+    order, shuffle = list(functions), random.Random(0).shuffle
     for count in range(max_samples):
         if count >= min_samples and time.perf_counter() > end:
             break
-        for name in functions:
+        shuffle(order)
+        for name in order:
             samples[name].append(take[name]())
     return samples
 

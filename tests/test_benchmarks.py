@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -539,6 +540,22 @@ def test_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_was_typed() -> None:
     words = ["--quick", "--json", "a file.json", "--threads", "1"]
     assert command.typed("cpu", words) == "python -m benchmarks cpu --quick --threads 1"
+
+
+def test_functions_are_timed_in_another_order_each_round_after_a_call_of_their_own() -> None:
+    """What is timed right after the copy would pay for the caches that it has filled."""
+    calls: list[str] = []
+    times = iter(range(10**6))
+    sampler = functools.partial(measure.by_clock, lambda: float(next(times)))
+    names = ("ours", "eager", "copy")
+    functions = {name: functools.partial(calls.append, name) for name in names}
+    samples = measure.interleaved(functions, sampler=sampler, seconds=0.0, min_samples=20)
+    assert all(len(taken) == 20 for taken in samples.values())
+    timed = calls[2 * len(names) :]  # the first ones found how many calls take long enough
+    assert timed[::2] == timed[1::2]  # one that is not timed, and one that is
+    rounds = {tuple(timed[::2][i : i + 3]) for i in range(0, 60, 3)}
+    assert len(rounds) > 1
+    assert all(sorted(order) == sorted(names) for order in rounds)
 
 
 def test_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
