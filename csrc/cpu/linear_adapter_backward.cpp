@@ -178,7 +178,7 @@ struct Ranges {
     carry = !one_task || tiles.count > 1;
     part_rows = Matrix::kRows;
     if (carry) {
-      constexpr int64_t kept_bytes = 1 << 20, least_rows = 512;  // entering the passes takes time
+      constexpr int64_t kept_bytes = 1 << 20, least_rows = 1024;  // entering the passes takes time
       const int64_t row_bytes = 2 * padded<C>(problem.hidden_stride) * int64_t{sizeof(C)};
       const int64_t wanted = std::max(kept_bytes / row_bytes, least_rows);
       part_rows *= (wanted + part_rows - 1) / part_rows;
