@@ -643,6 +643,8 @@ class ColumnPass {
   }
 
  private:
+  // Rows that are finished together: the norm's sums are loaded and stored once for them.
+  static constexpr int64_t kTogether = 4;
   // Rows of a part's buffers do not fall into the same cache sets.
   static constexpr int64_t kPartStride = kPartColumns + kRowPadding<C>;
 
@@ -909,9 +911,8 @@ class ColumnPass {
 
   // From dn (post: dx without the residual) the gradients of x and of the pre norm.
   void finish_rows(const Part& part, bool norm) {
-    constexpr int64_t together = 4;  // rows, for which the norm's sums are loaded and stored once
-    for (int64_t i = 0; i < part.count; i += together) {
-      finish_some(part, i, std::min(together, part.count - i), norm);
+    for (int64_t i = 0; i < part.count; i += kTogether) {
+      finish_some(part, i, std::min(kTogether, part.count - i), norm);
     }
   }
 
@@ -923,14 +924,14 @@ class ColumnPass {
       const X *x, *grad_y;
       X* to;
       Vector<C> mean, rstd, sum, product_sum;
-    } rows[4];
+    } rows[kTogether];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t x_row = row(part.segment, part.first + first + i), begin = at(part, first + i);
       const int64_t position = part.segment.first_position + part.first + first + i;
       rows[i] = {product_ + (first + i) * kPartStride,
                  static_cast<const X*>(p_.x) + begin,
                  static_cast<const X*>(p_.grad_y) + begin,
-                 static_cast<X*>(p_.grad_x) + begin,
+                 p_.grad_x ? static_cast<X*>(p_.grad_x) + begin : nullptr,
                  splat<C>(static_cast<const C*>(p_.mean)[x_row]),
                  splat<C>(static_cast<const C*>(p_.rstd)[x_row]),
                  splat<C>(results_.sums[2 * position]),
