@@ -142,6 +142,7 @@ def replayed(function: Callable[[], _T]) -> Callable[[], _T]:
         graph.replay()
         return result
 
+    replay.function = function  # type: ignore[attr-defined]  # what the kernels read stays alive
     return replay
 
 

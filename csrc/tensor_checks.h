@@ -62,7 +62,7 @@ inline const char* type_text(ScalarType type) {
 
 inline int32_t device_type(const Tensor& tensor) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   return type;
 }
 
@@ -131,7 +131,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
     stride *= shape[i] > 1 ? shape[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(), type_code(type),
       device_type(like), like.get_device_index(), &handle));
   return Tensor(handle);

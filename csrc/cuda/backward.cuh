@@ -1010,7 +1010,7 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
     if (wanted.down()) {
       __syncthreads();
       add_tile(block * kBlock * kBlock, kBlock, bottleneck, kBlock);
-      if (thread < bottleneck) {
+      if (thread < kBlock && thread < bottleneck) {
         hidden_sum[thread] = add(2 * params.padded * kBlock + block * kBlock + thread);
       }
       __syncthreads();
