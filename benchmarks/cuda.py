@@ -53,7 +53,7 @@ COMPILED_PEERS = ("eager", "compile")
 CASE_SECONDS = 5.0
 COMPILED_CASE_SECONDS = 60.0
 # Seconds that the op tests leave to the timing.
-TIMING_SECONDS = 180.0
+TIMING_SECONDS = 90.0
 
 
 def main_cases() -> list[Case]:

@@ -154,7 +154,7 @@ EXEMPTIONS = (
     Exemption(
         "of rows of 16 KiB most columns are read again, when the cache has lost some of them",
         DRAM,
-        1.14,
+        1.18,
         lambda case: (
             (case.mode, case.dtype, case.hidden_size) == ("forward", "fp32", 4096)
             and case.rows > 512

@@ -22,16 +22,20 @@ using ColumnTile =
 // Buffers of the second kernel beside those of a row tile, in bytes.
 struct ColumnLayout {
   SharedLayout rows;
-  int row_mean, row_product;  // [rows]: mean(dx̂), mean(dx̂ ⊙ x̂); post: the same of û
-  int x_part, gradient_part;  // of x and dy as they are, [rows, 64]: see bring()
-  int hidden_gradient;        // [rows, 64]
-  int x, gradient;            // x̂ or x, and do or du: [kRows, 64]
-  int down[2];                // [kStep, 64]
-  int hidden_sum;             // [threads]: Σ dh
-  int range;                  // a RowRange
-  int vector_sums;            // post: see VectorSums
-  int total;                  // a tile of sums [64, 64], in the place of the operands
-  bool one_piece;             // the bottleneck is no longer than a step: its piece of `down` stays
+  int row_mean, row_product;  // first kernel, [rows]: sums or means for the norm's gradient
+  // Of each stage: x and dy as they are, dh, and in `rows.activated` z, [rows, 64]; `row_sums`.
+  int x_part, gradient_part, hidden_gradient;
+  int row_sums;             // [rows, 4], as in memory
+  int x, gradient;          // x̂ or x, and do or du: [kRows, 64]
+  int down[2];              // [kStep, 64]
+  int hidden_sum;           // [threads]: Σ dh
+  int range;                // a RowRange
+  int norm_weight;          // pre: [64]
+  int norm_sums;            // pre: see WeightGradients
+  int vector_sums;          // post: see VectorSums
+  int total;                // a tile of sums [64, 64], in the place of the operands
+  int stages, stage_bytes;  // 2: the next tile of rows is on its way while one is worked on
+  bool one_piece;           // the bottleneck is no longer than a step: its piece of `down` stays
 };
 
 struct BackwardParams {
@@ -47,8 +51,12 @@ struct BackwardParams {
   void* vectors;           // [adapters, 2, hidden_stride]: c1, c0
   void* partials;          // [2 (rows / range + 1), column blocks, partial_size]
   ColumnLayout layout;
-  // First kernel, in bytes: dy as it is and du, [rows, kStep], and up [kStep, 64].
-  int gradient_part[2], gradient[2], up[2];
+  // First kernel, in bytes: dy as it is and up [kStep, 64], of this many steps; du, [rows, kStep];
+  // the product's sums, in their place.
+  static constexpr int kStages = 3;
+  int gradient_part[kStages], up[kStages], gradient[2], hidden_sums;
+  bool whole;  // rows are whole blocks of columns, and begin at multiples of 16 bytes
+  bool plain;  // and du is dy as it is, so that it is multiplied where it is brought
   Adapters adapters;
 
   // M [padded, 64], duᵀz [64, padded], v [padded], two rows of column sums.
@@ -57,6 +65,17 @@ struct BackwardParams {
   }
 };
 static_assert(sizeof(BackwardParams) <= 4096);
+
+// Whether some adapter's gradients need the second product again.
+ADAPTER_EXT_HOST_DEVICE bool wants_out(const LinearAdapterBackward& b) {
+  return b.norm_position == NormPosition::kPost || (b.l2_lambda && b.grad_aux);
+}
+
+// Stages of dy in the first kernel: where it is never multiplied as it is, a stage is free once its
+// operands are made.
+template <class X, class P>
+inline constexpr int kPartStages =
+    sizeof(X) == sizeof(typename P::Operand) ? BackwardParams::kStages : 2;
 
 // What one adapter's gradients ask for.
 struct Wanted {
@@ -89,19 +108,16 @@ class OutputGradient {
     C weight[n];      // post: γ
   };
 
-  __device__ __forceinline__ OutputGradient(const BackwardParams& params, const Segment& segment)
+  __device__ __forceinline__ OutputGradient(const BackwardParams& params, int adapter)
       : b_(params.problem), dropout_(b_, params.dropout), depth_(params.depth) {
     if (b_.l2_lambda && b_.grad_aux) {
-      const C samples = static_cast<C>(params.sample_rows.divide(segment.end - segment.begin));
-      pull_ = C(2) * static_cast<const C*>(b_.l2_lambda)[segment.adapter] *
-              static_cast<const C*>(b_.grad_aux)[segment.adapter] / samples *
-              static_cast<C>(depth_.kept_scale) * static_cast<C>(params.dropout.kept_scale);
+      const int64_t rows =
+          first_position(b_.routing, adapter + 1) - first_position(b_.routing, adapter);
+      pull_ = C(2) * static_cast<const C*>(b_.l2_lambda)[adapter] *
+              static_cast<const C*>(b_.grad_aux)[adapter] /
+              static_cast<C>(params.sample_rows.divide(rows)) * static_cast<C>(depth_.kept_scale) *
+              static_cast<C>(params.dropout.kept_scale);
     }
-  }
-
-  // Whether it needs the second product, up z.
-  __device__ __forceinline__ bool wants_out() const {
-    return b_.norm_position == NormPosition::kPost || pull_ != C(0);
   }
 
   // Some columns of a row, from theirs of dy and of the second product. Zero where there is
@@ -116,7 +132,7 @@ class OutputGradient {
       return;
     }
     load_aligned(values.d, upstream);
-    if (wants_out()) {
+    if (wants_out(b_)) {
       C o[n];
       load_sums(o, out);
       if (!tile.pre) {
@@ -181,40 +197,46 @@ __global__ __launch_bounds__(kThreads) void vectors_kernel(
     return;
   }
   constexpr int n = kVector<X>;
-  const bool is_float = b.weight_type == DataType::kFloat32;
-  const int64_t size = is_float ? 4 : static_cast<int64_t>(sizeof(X)), width = b.hidden_size;
-  const bool aligned = is_aligned(view.down, view.down_stride * size) &&
-                       is_aligned(view.norm_weight) && is_aligned(view.norm_bias);
+  const int width = static_cast<int>(b.hidden_size), lane = thread_index() % 32;
   C weight_sum = 0, bias_sum = 0;
-  for (int64_t c = threadIdx.x % 32 * n; c < width; c += 32 * n) {
-    C down[n], weight[n], bias[n];
-    load_weights<X>(down, view.down, is_float, j * view.down_stride + c, width - c, aligned);
-    load_weights<X>(weight, view.norm_weight, is_float, c, width - c, aligned);
-    load_weights<X>(bias, view.norm_bias, is_float, c, width - c, aligned);
+  const auto sum = [&]<class Weight, bool whole>() {
+    const Weight* const row = static_cast<const Weight*>(view.down) + j * view.down_stride;
+    const Weight* const norm_weight = static_cast<const Weight*>(view.norm_weight);
+    const Weight* const norm_bias = static_cast<const Weight*>(view.norm_bias);
+#pragma unroll 4
+    for (int c = lane * n; c < width; c += 32 * n) {
+      C down[n], weight[n], bias[n];
+      const int left = whole ? n : width - c;
+      load(down, row + c, left, whole);
+      load(weight, norm_weight + c, left, whole);
+      load(bias, norm_bias + c, left, whole);
 #pragma unroll
-    for (int e = 0; e < n; ++e) {
-      weight_sum += down[e] * weight[e];
-      bias_sum += down[e] * bias[e];
+      for (int e = 0; e < n; ++e) {
+        weight_sum += down[e] * weight[e];
+        bias_sum += down[e] * bias[e];
+      }
     }
+  };
+  const auto sum_of = [&]<class Weight>() {
+    const int64_t row_bytes = view.down_stride * static_cast<int64_t>(sizeof(Weight));
+    if (width % n == 0 && is_aligned(view.down, row_bytes) && is_aligned(view.norm_weight) &&
+        is_aligned(view.norm_bias)) {
+      sum.template operator()<Weight, true>();
+    } else {
+      sum.template operator()<Weight, false>();
+    }
+  };
+  if (b.weight_type == DataType::kFloat32) {
+    sum_of.template operator()<float>();
+  } else {
+    sum_of.template operator()<X>();
   }
   weight_sum = sum_over_lanes<32>(weight_sum);
   bias_sum = sum_over_lanes<32>(bias_sum);
-  if (threadIdx.x % 32 == 0) {
+  if (lane == 0) {
     C* to = static_cast<C*>(params.vectors) + 2 * a * b.hidden_stride + j;
     to[0] = weight_sum;
     to[b.hidden_stride] = bias_sum;
-  }
-}
-
-// Two neighbours of a row of h, from an even element on; what lies behind the last one is left.
-template <class C>
-__device__ __forceinline__ void load_pair(C (&to)[2], const C* row, int64_t j, int64_t count,
-                                          int64_t stride) {
-  if (stride % 2 == 0) {
-    if (j < count) load_aligned(to, row + j);
-  } else {
-    if (j < count) to[0] = row[j];
-    if (j + 1 < count) to[1] = row[j + 1];
   }
 }
 
@@ -253,34 +275,58 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
                   params.adapters.share(segment.adapter, layout.adapter).view);
   tile.find_rows(depth);
   __syncthreads();
-  const int64_t r = tile.view.bottleneck;
+  const int r = static_cast<int>(tile.view.bottleneck);
   load_statistics(tile, b);
 
-  // z.
-  const C* hidden = static_cast<const C*>(b.hidden);
-  const int64_t used = round_up(r, kBlock);
-  T* activated = static_cast<T*>(params.activated) + first * params.padded;
-  for (int i = thread_index() / 32; i < rows; i += S::kWarps) {
-    for (int64_t j = threadIdx.x % 32 * 2; j < used; j += 64) {
-      C z[2] = {};
-      if (i < count) load_pair(z, hidden + tile.row()[i] * b.hidden_stride, j, r, b.hidden_stride);
+  // Elementwise work on [rows, bottleneck] goes by blocks of 64 columns, of which a thread has some
+  // vectors.
+  constexpr int n = kVector<C>, across = kBlock / n, down = S::kThreads / across;
+  constexpr int vectors = rows / down;
+  static_assert(vectors * down == rows);
+  const auto own_row = [] { return thread_index() / across; };
+  const auto own_column = [] { return thread_index() % across * n; };
+  const int padded = static_cast<int>(params.padded);
+  const auto load_hidden = [&](int i, int j, C(&h)[n]) {
+    const int stride = static_cast<int>(b.hidden_stride);
+    load(h, static_cast<const C*>(b.hidden) + tile.row()[i] * stride + j, i < count ? r - j : 0,
+         stride % n == 0);
+  };
+  const auto store_vector = [&](T* to, int i, int j, const C(&values)[n]) {
+    T part[n];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        z[e] = i < count && j + e < r ? value_of(b.activation, z[e]) : C(0);
-      }
-      const T first_z = P::round(z[0], tile.rounding), second_z = P::round(z[1], tile.rounding);
-      if (i < count && j < params.padded) {
-        store_pair<Space::kGlobal>(activated + i * params.padded + j, first_z, second_z);
-      }
-      if (layout.activated_resident) {
-        store_pair<Space::kShared>(shared_at<T>(layout.activated) + i * layout.activated_pitch + j,
-                                   first_z, second_z);
-      }
+    for (int e = 0; e < n; ++e) part[e] = P::round(values[e], tile.rounding);
+    if (i < count && j < padded) store_aligned<Space::kGlobal>(to + i * padded + j, part);
+  };
+
+  // z.
+  T* const activated = static_cast<T*>(params.activated) + first * padded;
+  for (int block = 0; block * kBlock < r; ++block) {
+    const int j = block * kBlock + own_column();
+    C z[vectors * n];  // all on their way together
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+      C h[n];
+      load_hidden(own_row() + v * down, j, h);
+#pragma unroll
+      for (int e = 0; e < n; ++e) z[v * n + e] = h[e];
+    }
+    activate_all(b.activation, z);
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+      const int i = own_row() + v * down;
+      C own[n];
+#pragma unroll
+      for (int e = 0; e < n; ++e) own[e] = i < count && j + e < r ? z[v * n + e] : C(0);
+      store_vector(activated, i, j, own);
+      if (!layout.activated_resident) continue;
+      T part[n];
+#pragma unroll
+      for (int e = 0; e < n; ++e) part[e] = P::round(own[e], tile.rounding);
+      store_aligned<Space::kShared>(shared_at<T>(layout.activated) + i * layout.activated_pitch + j,
+                                    part);
     }
   }
 
-  const Gradient output_gradient(params, segment);
-  UpProduct<X, P, S> up(tile, activated, params.padded);
   const X* grad_y = static_cast<const X*>(b.grad_y);
   const bool aligned = is_aligned(grad_y, width * static_cast<int64_t>(sizeof(X)));
   C* row_sums = static_cast<C*>(params.row_sums) + 4 * first;
@@ -290,13 +336,18 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
   };
   C* row_mean = shared_at<C>(params.layout.row_mean);
   C* row_product = shared_at<C>(params.layout.row_product);
+  if (tile.pre && own_column() == 0) {  // this thread adds to them, and nobody else reads them
+    for (int i = own_row(); i < rows; i += down) row_mean[i] = row_product[i] = C(0);
+  }
   if (!tile.pre) {
+    const Gradient output_gradient(params, tile.adapter);
+    UpProduct<X, P, S> up(tile, activated, padded);
     C mean_sum[Own::kCount] = {}, product_sum[Own::kCount] = {};
     up.start(0, params.column_blocks);
     for (int64_t block = 0; block < params.column_blocks; ++block) {
-      const X* part = shared_at<X>(params.gradient_part[0]);
-      bring<Own>(shared_at<X>(params.gradient_part[0]), grad_y, tile.row(), count, block * kBlock,
-                 width, aligned);
+      X* part = shared_at<X>(params.gradient_part[0]);
+      bring<Own>(part, kPartPitch<X, kBlock>, grad_y, tile.row(), count, block * kBlock, width,
+                 aligned);
       copy_async_commit();
       Product<P, S> product;
       up.next(product);
@@ -307,7 +358,8 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
 #pragma unroll
       for (int v = 0; v < Own::kCount; ++v) {
         typename Gradient::template Values<kVector<X>> values;
-        output_gradient.get(tile, own.row(v), block * kBlock + own.column(), part + own.at(v),
+        output_gradient.get(tile, own.row(v), block * kBlock + own.column(),
+                            part + own.at(v, kPartPitch<X, kBlock>),
                             tile.sums() + own.row(v) * kSumPitch<C> + own.column(), values);
 #pragma unroll
         for (int e = 0; e < kVector<X>; ++e) {
@@ -331,126 +383,148 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
   }
 
   // dh, block by block of the bottleneck; the pre norm's sums over it.
-  const bool wants_out = output_gradient.wants_out();
-  const WarpTile<S> warp;
-  const C* vectors = static_cast<const C*>(params.vectors) + 2 * segment.adapter * b.hidden_stride;
-  T* hidden_gradients = static_cast<T*>(params.hidden_gradients) + first * params.padded;
-  C mean = 0, product = 0;  // of the thread's row
-  const int64_t steps = (width + kStep<P> - 1) / kStep<P>;
-  for (int64_t block = 0; block * kBlock < r; ++block) {
-    const int columns = r - block * kBlock < kBlock ? static_cast<int>(r - block * kBlock) : kBlock;
+  const int steps = static_cast<int>((width + kStep<P> - 1) / kStep<P>);
+  constexpr int part_pitch = kPartPitch<X, kStep<P>>;
+  const auto part_at = [&](int step) {
+    return shared_at<X>(params.gradient_part[step % kPartStages<X, P>]);
+  };
+  const auto up_at = [&](int step) {
+    return shared_at<T>(params.up[step % BackwardParams::kStages]);
+  };
+  for (int block = 0; block * kBlock < r; ++block) {
+    const int columns = min(r - block * kBlock, kBlock);
     Product<P, S> hidden_gradient;
     hidden_gradient.clear();
-    if (wants_out) up.start(0, params.column_blocks);
     __syncthreads();
-    const auto bring_up = [&](int64_t step) {
-      if (step < steps) {
-        tile.up().template fill<X, P, S, kStep<P>, kBlock>(shared_at<T>(params.up[step & 1]),
-                                                           kBlockPitch<P>, step * kStep<P>,
-                                                           block * kBlock, tile.rounding);
-      }
-      copy_async_commit();
-    };
-    const auto bring_gradient = [&](int64_t step) {
-      if (step < steps) {
-        bring<Part>(shared_at<X>(params.gradient_part[step & 1]), grad_y, tile.row(), count,
-                    step * kStep<P>, width, aligned);
-      }
-      copy_async_commit();
-    };
-    bring_up(0);
-    bring_gradient(0);
-    bring_gradient(1);
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t column = step * kStep<P>;
-      if (wants_out && column % kBlock == 0) {
-        Product<P, S> product;
-        up.next(product);
-        product.template store<Space::kShared>(tile.sums(), kSumPitch<C>);
-        __syncthreads();
-      }
-      T* gradient = shared_at<T>(params.gradient[step & 1]);
-      copy_async_wait<1>();  // all but dy of the next step
-      const Part part;
-#pragma unroll
-      for (int v = 0; v < Part::kCount && part.any(); ++v) {
-        const int i = part.row(v);
-        typename Gradient::template Values<kVector<X>> values;
-        output_gradient.get(tile, i, column + part.column(),
-                            shared_at<X>(params.gradient_part[step & 1]) + part.at(v),
-                            tile.sums() + i * kSumPitch<C> + column % kBlock + part.column(),
-                            values);
-        if (!tile.pre) {
-          Gradient::through_norm(values, tile.rstd()[i], row_mean[i], row_product[i]);
-        }
-        const bool is_active = tile.active()[i];
-#pragma unroll
-        for (int e = 0; e < kVector<X>; ++e) values.d[e] = is_active ? values.d[e] : C(0);
-        store_operands<P>(gradient + i * kStepPitch<P> + part.column(), values.d, tile.rounding);
-      }
-      __syncthreads();
-      bring_up(step + 1);
-      bring_gradient(step + 2);
-      hidden_gradient.template multiply<true, false>(gradient, kStepPitch<P>,
-                                                     shared_at<T>(params.up[step & 1]),
+    using Weights = WeightTile<X, P, S, kStep<P>, kBlock>;
+    const auto multiply = [&](const T* gradient, int step) {
+      hidden_gradient.template multiply<true, false>(gradient, kStepPitch<P>, up_at(step),
                                                      kBlockPitch<P>, kStep<P>, columns);
+    };
+    // Two steps are on their way while one is multiplied.
+    const auto run = [&](auto&& bring_step, auto&& make_operands) {
+      bring_step(0);
+      copy_async_commit();
+      bring_step(1);
+      copy_async_commit();
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        copy_async_wait<1>();
+        const T* gradient = make_operands(step);
+        __syncthreads();
+        if (step + 2 < steps) bring_step(step + 2);
+        copy_async_commit();
+        multiply(gradient, step);
+      }
+    };
+    if constexpr (std::is_same_v<X, T>) {
+      if (params.plain) {
+        Weights up_piece(tile.up(), 0, block * kBlock);
+        const X* from[Part::kCount];
+        const Part part;
+        bool there[Part::kCount];
+#pragma unroll
+        for (int v = 0; v < Part::kCount; ++v) {
+          there[v] = part.any() && part.row(v) < count;
+          from[v] = grad_y + (there[v] ? tile.row()[part.row(v)] * width + part.column() : 0);
+        }
+        run(
+            [&](int step) {
+              up_piece.fill(up_at(step), kBlockPitch<P>, tile.rounding);
+              up_piece.move(kStep<P>, 0);
+              X* to = part_at(step);
+#pragma unroll
+              for (int v = 0; v < Part::kCount; ++v) {
+                if (part.any()) {
+                  copy_async(to + part.at(v, part_pitch), from[v], there[v] ? 16 : 0);
+                }
+                if (there[v]) from[v] += kStep<P>;
+              }
+            },
+            [&](int step) { return part_at(step); });
+      }
+    }
+    if (!params.plain) {
+      const Gradient output_gradient(params, tile.adapter);
+      UpProduct<X, P, S> up(tile, activated, padded);
+      if (wants_out(b)) up.start(0, params.column_blocks);
+      run(
+          [&](int step) {
+            if (step >= steps) return;
+            Weights(tile.up(), step * kStep<P>, block * kBlock)
+                .fill(up_at(step), kBlockPitch<P>, tile.rounding);
+            bring<Part>(part_at(step), part_pitch, grad_y, tile.row(), count, step * kStep<P>,
+                        width, aligned);
+          },
+          [&](int step) {
+            const int column = step * kStep<P>;
+            if (wants_out(b) && column % kBlock == 0) {
+              Product<P, S> out;
+              up.next(out);
+              out.template store<Space::kShared>(tile.sums(), kSumPitch<C>);
+              __syncthreads();
+            }
+            T* gradient = shared_at<T>(params.gradient[step & 1]);
+            const Part part;
+#pragma unroll
+            for (int v = 0; v < Part::kCount && part.any(); ++v) {
+              const int i = part.row(v);
+              typename Gradient::template Values<kVector<X>> values;
+              output_gradient.get(
+                  tile, i, column + part.column(), part_at(step) + part.at(v, part_pitch),
+                  tile.sums() + i * kSumPitch<C> + column % kBlock + part.column(), values);
+              if (!tile.pre) {
+                Gradient::through_norm(values, tile.rstd()[i], row_mean[i], row_product[i]);
+              }
+              const bool is_active = tile.active()[i];
+#pragma unroll
+              for (int e = 0; e < kVector<X>; ++e) values.d[e] = is_active ? values.d[e] : C(0);
+              store_operands<P>(gradient + i * kStepPitch<P> + part.column(), values.d,
+                                tile.rounding);
+            }
+            return static_cast<const T*>(gradient);
+          });
     }
     copy_async_wait<0>();
-    constexpr int groups = Product<P, S>::kTiles / 2;         // of 16 columns
-    C mean_sum[groups][2] = {}, product_sum[groups][2] = {};  // of the warp's rows g and g + 8
-    hidden_gradient.for_each_pair([&](int i, int column, C& first, C& second, int pair) {
-      const int64_t j = block * kBlock + column;
-      C dh[2] = {first, second}, h[2] = {};
-      if (tile.active()[i])
-        load_pair(h, hidden + tile.row()[i] * b.hidden_stride, j, r, b.hidden_stride);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (tile.active()[i] && j + e < r) {
-          dh[e] *= derivative_of(b.activation, h[e]);
-          if (tile.pre) {
-            mean_sum[pair / 4][pair % 2] += dh[e] * vectors[j + e];
-            product_sum[pair / 4][pair % 2] += dh[e] * (h[e] - vectors[b.hidden_stride + j + e]);
-          }
-        } else {
-          dh[e] = C(0);
-        }
-      }
-      if constexpr (sizeof(T) == 2) {  // all together: by itself a pair is half of what is written
-        first = dh[0];
-        second = dh[1];
-      } else if (i < count && j < params.padded) {
-        store_pair<Space::kGlobal>(hidden_gradients + i * params.padded + j,
-                                   P::round(dh[0], tile.rounding), P::round(dh[1], tile.rounding));
-      }
-    });
-    if constexpr (sizeof(T) == 2) {
-      hidden_gradient.store_operands(hidden_gradients + block * kBlock, params.padded, count,
-                                     params.padded - block * kBlock);
-    }
-    if (!tile.pre) continue;
-    // Over the lanes of a row, then over groups of columns: in one order, whatever the tile.
-    C* of_groups = shared_at<C>(params.gradient[0]);  // [kBlock / 16, rows, 2]
+    C* const sums = shared_at<C>(params.hidden_sums);
+    __syncthreads();  // they have the place of operands
+    hidden_gradient.template store<Space::kShared>(sums, kSumPitch<C>);
     __syncthreads();
+    const int j = block * kBlock + own_column();
+    const bool whole = b.hidden_stride % n == 0;
+#pragma unroll 1
+    for (int i = own_row(); i < rows; i += down) {
+      const bool is_active = i < count && tile.active()[i];
+      C h[n], dh[n], sum[n];
+      load_hidden(i, j, h);
+      derivatives(b.activation, h, dh);
+      load_aligned(sum, sums + i * kSumPitch<C> + own_column());
 #pragma unroll
-    for (int i = 0; i < 2 * groups; ++i) {
-      const C mean_of_group = sum_over_lanes<4>(mean_sum[i / 2][i % 2]);
-      const C product_of_group = sum_over_lanes<4>(product_sum[i / 2][i % 2]);
-      if (warp.t != 0) continue;
-      const int group = warp.first_column / 16 + i / 2;
-      const int row = warp.first_row + warp.g + i % 2 * 8;
-      store_pair<Space::kShared>(of_groups + 2 * (group * rows + row), mean_of_group,
-                                 product_of_group);
-    }
-    __syncthreads();
-    if (const int i = thread_index(); i < rows) {
-      for (int group = 0; group < kBlock / 16; ++group) {
-        mean += of_groups[2 * (group * rows + i)];
-        product += of_groups[2 * (group * rows + i) + 1];
+      for (int e = 0; e < n; ++e) dh[e] = is_active && j + e < r ? dh[e] * sum[e] : C(0);
+      store_vector(static_cast<T*>(params.hidden_gradients) + first * padded, i, j, dh);
+      if (!tile.pre) continue;
+      // Over a row's elements in one order, whatever the tile.
+      const C* from = static_cast<const C*>(params.vectors) + 2 * segment.adapter * b.hidden_stride;
+      C weight_vector[n], bias_vector[n];  // down γ and down β
+      load(weight_vector, from + j, r - j, whole);
+      load(bias_vector, from + b.hidden_stride + j, r - j, whole);
+      C mean_part = 0, product_part = 0;
+#pragma unroll
+      for (int e = 0; e < n; ++e) {
+        mean_part += dh[e] * weight_vector[e];
+        product_part += dh[e] * (h[e] - bias_vector[e]);
+      }
+      mean_part = sum_over_lanes<across>(mean_part);
+      product_part = sum_over_lanes<across>(product_part);
+      if (own_column() == 0) {
+        row_mean[i] += mean_part;
+        row_product[i] += product_part;
       }
     }
   }
-  if (const int i = thread_index(); tile.pre && i < count) {
-    store_row_sums(i, mean / static_cast<C>(width), product / static_cast<C>(width));
+  if (!tile.pre || own_column() != 0) return;
+  for (int i = own_row(); i < count; i += down) {
+    store_row_sums(i, row_mean[i] / static_cast<C>(width), row_product[i] / static_cast<C>(width));
   }
 }
 
@@ -462,13 +536,22 @@ class WeightGradients {
   static constexpr int kThreads = LargeTile::kThreads;
 
  public:
+  // Sums of the norm's gradients, one of each for every thread, lie at an offset of shared memory.
+  static constexpr int kNormSums = 2 * kThreads;
   __device__ __forceinline__ WeightGradients(const LinearAdapterBackward& b, const Adapter& adapter,
-                                             int64_t column_block)
-      : b_(b), view_(adapter.view), gradients_(adapter.gradients), column_(column_block * kBlock) {}
+                                             int64_t column_block, int norm_sums)
+      : b_(b),
+        view_(adapter.view),
+        gradients_(adapter.gradients),
+        column_(column_block * kBlock),
+        norm_sums_(norm_sums) {}
+  __device__ __forceinline__ void clear_norm() const {
+    norm_sums()[thread_index()] = norm_sums()[kThreads + thread_index()] = C(0);
+  }
 
   // d_down from M [64, 64] and v [64] of a block of the bottleneck, both in shared memory; adds to
   // the norm's gradients.
-  __device__ __forceinline__ void down(const C* sums, const C* hidden_sum, int64_t block) {
+  __device__ __forceinline__ void down(const C* sums, const C* hidden_sum, int64_t block) const {
     const Own own;
     const int64_t first = block * kBlock;
     const bool aligned = is_aligned(gradients_.down, row_bytes(width()));
@@ -500,13 +583,16 @@ class WeightGradients {
     if (!pre() || !(gradients_.norm_weight || gradients_.norm_bias)) return;
     const int c = thread_index() % kBlock;
     if (column_ + c >= width()) return;
+    C weight_sum = norm_sums()[thread_index()], bias_sum = norm_sums()[kThreads + thread_index()];
     for (int j = thread_index() / kBlock; j < kBlock; j += kThreads / kBlock) {
       if (first + j >= view_.bottleneck) break;
       const int64_t at = (first + j) * view_.down_stride + column_ + c;
       const C weight = load_weight<C, X>(view_.down, is_float(), at);
-      norm_weight_ += weight * sums[j * kSumPitch<C> + c];
-      norm_bias_ += weight * hidden_sum[j];
+      weight_sum += weight * sums[j * kSumPitch<C> + c];
+      bias_sum += weight * hidden_sum[j];
     }
+    norm_sums()[thread_index()] = weight_sum;
+    norm_sums()[kThreads + thread_index()] = bias_sum;
   }
 
   // d_up from duᵀz [64, 64] of a block of the bottleneck, in shared memory.
@@ -526,17 +612,14 @@ class WeightGradients {
     }
   }
 
-  // The norm's gradients. `memory` [2, kThreads] is shared memory that nobody uses.
-  __device__ __forceinline__ void norm(C* memory) const {
+  // The norm's gradients, after a barrier.
+  __device__ __forceinline__ void norm() const {
     const int thread = thread_index();
-    memory[thread] = norm_weight_;
-    memory[kThreads + thread] = norm_bias_;
-    __syncthreads();
     if (thread >= kBlock) return;
     C weight = 0, bias = 0;
     for (int i = thread; i < kThreads; i += kBlock) {
-      weight += memory[i];
-      bias += memory[kThreads + i];
+      weight += norm_sums()[i];
+      bias += norm_sums()[kThreads + i];
     }
     norm(thread, weight, bias);
   }
@@ -591,6 +674,7 @@ class WeightGradients {
     }
   }
 
+  __device__ __forceinline__ C* norm_sums() const { return shared_at<C>(norm_sums_); }
   __device__ __forceinline__ bool pre() const { return b_.norm_position == NormPosition::kPre; }
   __device__ __forceinline__ bool is_float() const { return b_.weight_type == DataType::kFloat32; }
   __device__ __forceinline__ int64_t width() const { return b_.hidden_size; }
@@ -599,7 +683,7 @@ class WeightGradients {
   const AdapterView& view_;
   const AdapterGradients& gradients_;
   const int64_t column_;
-  C norm_weight_ = 0, norm_bias_ = 0;
+  const int norm_sums_;
 };
 
 // Where the sums over a range of an adapter's rows wait for the third kernel. Ranges of one adapter
@@ -685,7 +769,7 @@ __global__ __launch_bounds__(
                typename P::Sum>)) void backward_columns_kernel(const __grid_constant__
                                                                    BackwardParams params) {
   using S = ColumnTile<X, P>;
-  constexpr int rows = S::kRows, kThreads = S::kThreads;
+  constexpr int rows = S::kRows, kThreads = S::kThreads, part_pitch = kPartPitch<X, kBlock>;
   using Tile = RowTile<X, P, S>;
   using Own = Elements<X, S>;
   using T = typename P::Operand;
@@ -713,12 +797,11 @@ __global__ __launch_bounds__(
   const Segment& segment = range().segment;
   const Adapter& adapter = *shared_at<Adapter>(layout.rows.adapter);
   const Wanted wanted{b, adapter.gradients};
-  WeightGradients<X, P> weight_gradients(b, adapter, column_block);
+  const WeightGradients<X, P> weight_gradients(b, adapter, column_block, layout.norm_sums);
   if (range().first >= segment.end || !depth.keeps_adapter(segment.adapter)) {
     if (segment.part == 0) weight_gradients.clear();
     return;
   }
-  const Gradient output_gradient(params, segment);
   const bool pre = b.norm_position == NormPosition::kPre;
   const auto wants_gradient = [&] { return wanted.up() || (!pre && wanted.norm()); };
   const int64_t width = b.hidden_size;
@@ -727,14 +810,22 @@ __global__ __launch_bounds__(
   };
   const VectorSums<X, C, S::kWarps> vector_sums{layout.vector_sums};
   if (!pre) vector_sums.clear();
+  if (pre && wanted.norm()) weight_gradients.clear_norm();
+  if (const int c = thread_index(); pre && c < kBlock) {
+    const int64_t at = int64_t{column_block} * kBlock + c;
+    shared_at<C>(layout.norm_weight)[c] =
+        at < width
+            ? load_weight<C, X>(adapter.view.norm_weight, b.weight_type == DataType::kFloat32, at)
+            : C(0);
+  }
   // Rows are found while those before them are worked on. `done`: how many those are.
-  const auto tile_at = [&](int64_t done) {
+  const auto tile_at = [&](int done) {
     const int64_t chunk = range().first + done, left = range().end - chunk;
     return Tile(b, layout.rows, segment, chunk,
                 left < 0      ? 0
                 : left < rows ? static_cast<int>(left)
                               : rows,
-                adapter.view, static_cast<int>(done / rows & 1));
+                adapter.view, done / rows & 1);
   };
 
   for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
@@ -744,60 +835,99 @@ __global__ __launch_bounds__(
     C hidden_sum = 0;
     const bool input_gradient = block == 0 && wanted.x();
     const bool wants_x = wanted.down() || (input_gradient && pre);
+    const auto fill_down = [&](int piece) {
+      WeightTile<X, P, S, kStep<P>, kBlock>(tile_at(0).down(), piece * kStep<P>,
+                                            column_block * kBlock)
+          .fill(shared_at<T>(layout.down[piece & 1]), kBlockPitch<P>, tile_at(0).rounding);
+    };
+    // Starts bringing what a tile needs.
+    const auto bring_tile = [&](const Tile& tile, int stage) {
+      const int count = tile.count, at_stage = stage * layout.stage_bytes;
+      const auto copy = [&](int to, const void* matrix) {
+        constexpr int n = kVector<T>, across = kBlock / n, down = kThreads / across;
+        const int row = thread_index() / across, at = thread_index() % across * n;
+        const T* from = static_cast<const T*>(matrix) + (tile.first + row) * params.padded +
+                        block * kBlock + at;
+        const bool inside = block * kBlock + at < params.padded;
+#pragma unroll
+        for (int i = 0; i < rows / down; ++i) {
+          const bool there = inside && row + i * down < count;
+          copy_async(shared_at<T>(to + at_stage) + (row + i * down) * kBlockPitch<P> + at,
+                     there ? from + i * down * params.padded : matrix, there ? 16 : 0);
+        }
+      };
+      copy(layout.hidden_gradient, params.hidden_gradients);
+      copy(layout.rows.activated, params.activated);
+      constexpr int n = kVector<C>;
+      if (const int at = thread_index() * n; at < 4 * count) {
+        const C* const from = static_cast<const C*>(params.row_sums) + 4 * tile.first;
+        copy_async(shared_at<C>(layout.row_sums + at_stage) + at, from + at, 16);
+      }
+      X* const x_part = shared_at<X>(layout.x_part + at_stage);
+      X* const gradient_part = shared_at<X>(layout.gradient_part + at_stage);
+      const X* const x = static_cast<const X*>(b.x);
+      const X* const grad_y = static_cast<const X*>(b.grad_y);
+      if (params.whole) {
+        const Own own;
+#pragma unroll
+        for (int v = 0; v < Own::kCount; ++v) {
+          const bool there = own.row(v) < count;
+          const int64_t at =
+              there ? tile.row()[own.row(v)] * width + column_block * kBlock + own.column() : 0;
+          if (wants_x) copy_async(x_part + own.at(v, part_pitch), x + at, there ? 16 : 0);
+          copy_async(gradient_part + own.at(v, part_pitch), grad_y + at, there ? 16 : 0);
+        }
+      } else {
+        const int column = static_cast<int>(column_block) * kBlock;
+        if (wants_x) {
+          bring<Own>(x_part, part_pitch, x, tile.row(), count, column, width, aligned(b.x));
+        }
+        bring<Own>(gradient_part, part_pitch, grad_y, tile.row(), count, column, width,
+                   aligned(b.grad_y));
+      }
+    };
     __syncthreads();
     tile_at(0).find_rows(depth);
-    for (int64_t done = 0; range().first + done < range().end; done += rows) {
+    if (input_gradient && layout.one_piece) fill_down(0);
+    if (layout.stages > 1) {
+      __syncthreads();
+      bring_tile(tile_at(0), 0);
+    }
+    copy_async_commit();
+    for (int done = 0; range().first + done < range().end; done += rows) {
       const Tile tile = tile_at(done);
       const int count = tile.count;
+      const int stage = layout.stages > 1 ? tile.buffer : 0, at_stage = stage * layout.stage_bytes;
       const auto hidden_gradients = [&] {
         return static_cast<const T*>(params.hidden_gradients) + tile.first * params.padded;
       };
       const auto activated = [&] {
         return static_cast<const T*>(params.activated) + tile.first * params.padded;
       };
-      __syncthreads();
-      const auto copy = [&](T* to, const T* from) {
-        constexpr int n = kVector<T>, across = kBlock / n;
-#pragma unroll
-        for (int i = 0; i < rows * across / kThreads; ++i) {
-          const int vector = thread_index() + i * kThreads;
-          const int row = vector / across, at = vector % across * n;
-          const bool there = row < count && block * kBlock + at < params.padded;
-          copy_async(to + row * kBlockPitch<P> + at,
-                     there ? from + row * params.padded + block * kBlock + at : from,
-                     there ? 16 : 0);
-        }
-      };
-      copy(shared_at<T>(layout.hidden_gradient), hidden_gradients());
-      copy(shared_at<T>(layout.rows.activated), activated());
-      if (wants_x) {
-        bring<Own>(shared_at<X>(layout.x_part), static_cast<const X*>(b.x), tile.row(), count,
-                   int64_t{column_block} * kBlock, width, aligned(b.x));
-      }
-      bring<Own>(shared_at<X>(layout.gradient_part), static_cast<const X*>(b.grad_y), tile.row(),
-                 count, int64_t{column_block} * kBlock, width, aligned(b.grad_y));
-      copy_async_commit();
-      const auto fill_down = [&](int piece) {
-        tile.down().template fill<X, P, S, kStep<P>, kBlock>(
-            shared_at<T>(layout.down[piece & 1]), kBlockPitch<P>, piece * kStep<P>,
-            int64_t{column_block} * kBlock, tile.rounding);
+      const X* const x_part = shared_at<X>(layout.x_part + at_stage);
+      const X* const gradient_part = shared_at<X>(layout.gradient_part + at_stage);
+      const T* const hidden_gradient = shared_at<T>(layout.hidden_gradient + at_stage);
+      const C* const row_sums = shared_at<C>(layout.row_sums + at_stage);
+      __syncthreads();  // the tile before is done
+      if (layout.stages == 1) {
+        bring_tile(tile, 0);
         copy_async_commit();
-      };
-      if (input_gradient && layout.one_piece && done == 0) fill_down(0);
-      if (const int thread = thread_index(); thread < rows) {
-        C sums[4] = {};
-        if (thread < count) {
-          load_aligned(sums, static_cast<const C*>(params.row_sums) + 4 * (tile.first + thread));
-        }
-        tile.mean()[thread] = sums[0];
-        tile.rstd()[thread] = sums[1];
-        shared_at<C>(layout.row_mean)[thread] = sums[2];
-        shared_at<C>(layout.row_product)[thread] = sums[3];
       }
       tile_at(done + rows).find_rows(depth);
       copy_async_wait<0>();
       __syncthreads();
-      if (output_gradient.wants_out() && wants_gradient()) {
+      if (const Tile next = tile_at(done + rows); layout.stages > 1 && next.count > 0) {
+        bring_tile(next, stage ^ 1);  // on its way while this one is worked on
+        copy_async_commit();
+      }
+      if (!pre) {
+        if (const int i = thread_index(); i < rows) {
+          tile.mean()[i] = i < count ? row_sums[4 * i] : C(0);
+          tile.rstd()[i] = i < count ? row_sums[4 * i + 1] : C(0);
+        }
+        __syncthreads();
+      }
+      if (wants_out(b) && wants_gradient()) {
         UpProduct<X, P, S> up(tile, activated(), params.padded);
         up.start(column_block, 1);
         Product<P, S> product;
@@ -806,16 +936,17 @@ __global__ __launch_bounds__(
         __syncthreads();
       }
       // x̂ (or x) and do (or du) as operands. Not unrolled: registers are full of sums.
+      if (wanted.down()) {
 #pragma unroll 1
-      for (int v = 0; v < Own::kCount; ++v) {
-        const Own own;
-        const int i = own.row(v);
-        const int64_t column = int64_t{column_block} * kBlock + own.column();
-        if (wanted.down()) {
+        for (int v = 0; v < Own::kCount; ++v) {
+          const Own own;
+          const int i = own.row(v);
           C values[kVector<X>];
-          load_aligned(values, shared_at<X>(layout.x_part) + own.at(v));
-          const bool there = tile.active()[i] && column < width;
-          const C mean = pre ? tile.mean()[i] : C(0), rstd = pre ? tile.rstd()[i] : C(1);
+          load_aligned(values, x_part + own.at(v, part_pitch));
+          const bool there =
+              tile.active()[i] && int64_t{column_block} * kBlock + own.column() < width;
+          const C mean = pre && there ? row_sums[4 * i] : C(0);
+          const C rstd = pre && there ? row_sums[4 * i + 1] : C(1);
 #pragma unroll
           for (int e = 0; e < kVector<X>; ++e) {
             values[e] = there ? (values[e] - mean) * rstd : C(0);
@@ -823,28 +954,36 @@ __global__ __launch_bounds__(
           store_operands<P>(shared_at<T>(layout.x) + i * kBlockPitch<P> + own.column(), values,
                             tile.rounding);
         }
-        if (!wants_gradient()) continue;
-        typename Gradient::template Values<kVector<X>> values;
-        output_gradient.get(tile, i, column, shared_at<X>(layout.gradient_part) + own.at(v),
-                            tile.sums() + i * kSumPitch<C> + own.column(), values);
-        if (!pre) {
-          if (block == 0) vector_sums.add(values.d, values.normalized);
-          Gradient::through_norm(values, tile.rstd()[i], shared_at<C>(layout.row_mean)[i],
-                                 shared_at<C>(layout.row_product)[i]);
-          const bool is_active = tile.active()[i];
+      }
+      if (wants_gradient() && !params.plain) {
+        const Gradient output_gradient(params, segment.adapter);
+#pragma unroll 1
+        for (int v = 0; v < Own::kCount; ++v) {
+          const Own own;
+          const int i = own.row(v);
+          typename Gradient::template Values<kVector<X>> values;
+          output_gradient.get(tile, i, int64_t{column_block} * kBlock + own.column(),
+                              gradient_part + own.at(v, part_pitch),
+                              tile.sums() + i * kSumPitch<C> + own.column(), values);
+          if (!pre) {
+            if (block == 0) vector_sums.add(values.d, values.normalized);
+            const bool is_active = tile.active()[i];
+            Gradient::through_norm(values, tile.rstd()[i], is_active ? row_sums[4 * i + 2] : C(0),
+                                   is_active ? row_sums[4 * i + 3] : C(0));
 #pragma unroll
-          for (int e = 0; e < kVector<X>; ++e) values.d[e] = is_active ? values.d[e] : C(0);
+            for (int e = 0; e < kVector<X>; ++e) values.d[e] = is_active ? values.d[e] : C(0);
+          }
+          store_operands<P>(shared_at<T>(layout.gradient) + i * kBlockPitch<P> + own.column(),
+                            values.d, tile.rounding);
         }
-        store_operands<P>(shared_at<T>(layout.gradient) + i * kBlockPitch<P> + own.column(),
-                          values.d, tile.rounding);
       }
       __syncthreads();
       if (wanted.down()) {
-        down_sum.template multiply<false, false>(shared_at<T>(layout.hidden_gradient),
-                                                 kBlockPitch<P>, shared_at<T>(layout.x),
-                                                 kBlockPitch<P>, rows);
+        down_sum.template multiply<false, false>(hidden_gradient, kBlockPitch<P>,
+                                                 shared_at<T>(layout.x), kBlockPitch<P>, rows);
         const int thread = thread_index();
-        const T* of_column = shared_at<T>(layout.hidden_gradient) + thread % kBlock;
+        const T* of_column = hidden_gradient + thread % kBlock;
+#pragma unroll 2
         for (int i = thread / kBlock; i < count; i += kThreads / kBlock) {
           hidden_sum += static_cast<C>(of_column[i * kBlockPitch<P>]);
         }
@@ -852,15 +991,16 @@ __global__ __launch_bounds__(
       if (wanted.up()) {
         const int64_t left = adapter.view.bottleneck - block * kBlock;
         up_sum.template multiply<false, false>(
-            shared_at<T>(layout.gradient), kBlockPitch<P>, shared_at<T>(layout.rows.activated),
-            kBlockPitch<P>, rows, left < kBlock ? static_cast<int>(left) : kBlock);
+            shared_at<T>(params.plain ? layout.gradient_part + at_stage : layout.gradient),
+            kBlockPitch<P>, shared_at<T>(layout.rows.activated + at_stage), kBlockPitch<P>, rows,
+            left < kBlock ? static_cast<int>(left) : kBlock);
       }
       if (!input_gradient) continue;
       // dn = dh down, and dx.
       Product<P, S> product;
       product.clear();
       if (layout.one_piece) {
-        product.template multiply<true, false>(shared_at<T>(layout.hidden_gradient), kBlockPitch<P>,
+        product.template multiply<true, false>(hidden_gradient, kBlockPitch<P>,
                                                shared_at<T>(layout.down[0]), kBlockPitch<P>,
                                                step_depth<P>(adapter.view.bottleneck, 0));
       } else {
@@ -868,6 +1008,7 @@ __global__ __launch_bounds__(
         const int64_t r = adapter.view.bottleneck;
         const int pieces = static_cast<int>((r + kStep<P> - 1) / kStep<P>);
         fill_down(0);
+        copy_async_commit();
         for (int piece = 0; piece < pieces; ++piece) {
           T* left = shared_at<T>(layout.rows.left[piece & 1]);
           fill_tile<P, S, rows, kStep<P>>(
@@ -878,46 +1019,81 @@ __global__ __launch_bounds__(
               });
           copy_async_wait<0>();
           __syncthreads();
-          if (piece + 1 < pieces) fill_down(piece + 1);
+          if (piece + 1 < pieces) {
+            fill_down(piece + 1);
+            copy_async_commit();
+          }
           product.template multiply<true, false>(left, kStepPitch<P>,
                                                  shared_at<T>(layout.down[piece & 1]),
                                                  kBlockPitch<P>, step_depth<P>(r, piece));
         }
+      }
+      // dx of some elements, from dn, dy and x. `of_row`: see row_sums.
+      const auto change = [&](const C(&of_row)[4], bool is_active, const auto& weight,
+                              const auto& upstream, const auto& values, auto& gradient) {
+        constexpr int n = sizeof(gradient) / sizeof(C);
+#pragma unroll
+        for (int e = 0; e < n; ++e) {
+          if (pre) {
+            const C normalized = (values[e] - of_row[0]) * of_row[1];
+            gradient[e] =
+                of_row[1] * (gradient[e] * weight[e] - of_row[2] - normalized * of_row[3]);
+          }
+          if (b.residual) gradient[e] += upstream[e];
+          if (!is_active) gradient[e] = upstream[e];
+        }
+      };
+      if (params.whole) {  // where the sums are
+        const WarpTile<S> warp;
+        const int row = warp.first_row + warp.g;
+        bool is_active[2];
+        X* to[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int i = row + 8 * half;
+          is_active[half] = tile.active()[i];
+          to[half] = static_cast<X*>(b.grad_x) + tile.row()[i] * width + column_block * kBlock;
+        }
+        const X* const upstream_from = gradient_part + row * part_pitch;
+        const X* const values_from = x_part + row * part_pitch;
+        product.template write_rows<X>(
+            [&](int half, int at, C(&gradient)[2]) {
+              if (row + 8 * half >= count) return;
+              C upstream[2], values[2] = {}, weight[2] = {}, of_row[4] = {};
+              load_pair(upstream, upstream_from + 8 * half * part_pitch + at);
+              if (pre) {
+                load_aligned(of_row, row_sums + 4 * (row + 8 * half));
+                load_pair(values, values_from + 8 * half * part_pitch + at);
+                load_aligned(weight, shared_at<C>(layout.norm_weight) + at);
+              }
+              change(of_row, is_active[half], weight, upstream, values, gradient);
+            },
+            [&](int half, int at, const auto& words) {
+              if (row + 8 * half < count) store_words<Space::kGlobal>(to[half] + at, words);
+            });
+        continue;
       }
       __syncthreads();  // the sums may have the place of operands
       product.template store<Space::kShared>(tile.sums(), kSumPitch<C>);
       __syncthreads();
       const Own own;
       const int64_t column = int64_t{column_block} * kBlock + own.column(), left = width - column;
-      C weight[kVector<X>] = {}, bias[kVector<X>] = {};
-      if (pre && left > 0) tile.load_norm(weight, bias, column);
 #pragma unroll 1
       for (int v = 0; v < Own::kCount; ++v) {
         const int i = own.row(v);
         if (i >= count || left <= 0) continue;
-        C gradient[kVector<X>], upstream[kVector<X>];
-        load_sums(gradient, tile.sums() + i * kSumPitch<C> + own.column());
-        load_aligned(upstream, shared_at<X>(layout.gradient_part) + own.at(v));
+        C gradient[kVector<X>], upstream[kVector<X>], values[kVector<X>] = {};
+        C weight[kVector<X>] = {}, of_row[4] = {};
         if (pre) {
-          C values[kVector<X>];
-          load_aligned(values, shared_at<X>(layout.x_part) + own.at(v));
-          const C mean = tile.mean()[i], rstd = tile.rstd()[i];
-          const C row_mean = shared_at<C>(layout.row_mean)[i];
-          const C row_product = shared_at<C>(layout.row_product)[i];
-#pragma unroll
-          for (int e = 0; e < kVector<X>; ++e) {
-            const C normalized = (values[e] - mean) * rstd;
-            gradient[e] = rstd * (gradient[e] * weight[e] - row_mean - normalized * row_product);
-          }
+          load_aligned(of_row, row_sums + 4 * i);
+          load_aligned(weight, shared_at<C>(layout.norm_weight) + own.column());
+          load_aligned(values, x_part + own.at(v, part_pitch));
         }
-        const bool is_active = tile.active()[i];
-#pragma unroll
-        for (int e = 0; e < kVector<X>; ++e) {
-          if (b.residual) gradient[e] += upstream[e];
-          if (!is_active) gradient[e] = upstream[e];
-        }
-        store(static_cast<X*>(b.grad_x) + tile.row()[i] * width + column, gradient, left,
-              aligned(b.grad_x));
+        load_sums(gradient, tile.sums() + i * kSumPitch<C> + own.column());
+        load_aligned(upstream, gradient_part + own.at(v, part_pitch));
+        change(of_row, tile.active()[i], weight, upstream, values, gradient);
+        store(static_cast<X*>(b.grad_x) + tile.row()[i] * width + column, gradient,
+              static_cast<int>(left), aligned(b.grad_x));
       }
     }
     // This block of the bottleneck is summed over the range.
@@ -958,7 +1134,7 @@ __global__ __launch_bounds__(
   if (!wanted.norm()) return;
   __syncthreads();
   if (pre) {
-    if (!range().sums) weight_gradients.norm(shared_at<C>(layout.total));
+    if (!range().sums) weight_gradients.norm();
     return;
   }
   const int thread = thread_index();
@@ -977,37 +1153,71 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
   using C = typename P::Sum;
   const LinearAdapterBackward& b = params.problem;
   const unsigned column_blocks = static_cast<unsigned>(params.column_blocks);
-  const int64_t column_block = blockIdx.x % column_blocks;
-  const int64_t a = blockIdx.x / column_blocks, range = params.parts.size.value;
-  const Segment segment{a, first_position(b.routing, a), first_position(b.routing, a + 1), 0};
+  const bool second = blockIdx.x % 2;  // of two blocks: the gradient of up, and the others
+  const int64_t column_block = blockIdx.x / 2 % column_blocks;
+  const int64_t a = blockIdx.x / 2 / column_blocks, range = params.parts.size.value;
+  const Segment segment{static_cast<int>(a), first_position(b.routing, a),
+                        first_position(b.routing, a + 1), 0};
   const int64_t length = segment.end - segment.begin;
   if (length <= range || !Depth{b, params.depth, params.sample_rows}.keeps_adapter(a)) return;
   const int64_t ranges = params.parts.size.divide(length + range - 1);
   C* const total = shared_at<C>(0);                     // [64, 64]
   C* const hidden_sum = total + kBlock * kSumPitch<C>;  // [64]
-  const Adapter& adapter =
-      params.adapters.share(a, (kBlock * kSumPitch<C> + kBlock) * static_cast<int>(sizeof(C)));
+  constexpr int norm_sums = (kBlock * kSumPitch<C> + kBlock) * static_cast<int>(sizeof(C));
+  constexpr int after = norm_sums + WeightGradients<X, P>::kNormSums * static_cast<int>(sizeof(C));
+  const Adapter& adapter = params.adapters.share(a, after);
   __syncthreads();
   const Wanted wanted{b, adapter.gradients};
-  WeightGradients<X, P> weight_gradients(b, adapter, column_block);
-  const int thread = thread_index();
+  const WeightGradients<X, P> weight_gradients(b, adapter, column_block, norm_sums);
+  weight_gradients.clear_norm();
+  constexpr int kThreads = LargeTile::kThreads;
+  const int thread = static_cast<int>(threadIdx.x);
+  // The sums of ranges lie at equal distances, but for that of the first.
+  const C* const first_part = partial<C>(params, segment, 0, column_block);
+  const C* const other_parts = partial<C>(params, segment, 1, column_block);
+  const int64_t part_step = 2 * params.column_blocks * params.partial_size();
   const auto add = [&](int64_t offset) {
-    C sum = 0;
-    for (int64_t part = 0; part < ranges; ++part) {
-      sum += partial<C>(params, segment, part, column_block)[offset];
-    }
+    C sum = first_part[offset];
+    const C* from = other_parts + offset;
+#pragma unroll 8
+    for (int64_t part = 1; part < ranges; ++part, from += part_step) sum += *from;
     return sum;
   };
   const auto add_tile = [&](int64_t offset, int64_t pitch, int64_t tile_rows, int64_t columns) {
-    for (int i = thread; i < kBlock * kBlock; i += LargeTile::kThreads) {
-      const int row = i / kBlock, column = i % kBlock;
+    constexpr int n = kVector<C>, across = kBlock / n, count = kBlock * across / kThreads;
+    C sum[count][n];
+    const C* from[count];
+#pragma unroll
+    for (int v = 0; v < count; ++v) {
+      const int vector = thread + v * kThreads, row = vector / across, column = vector % across * n;
       const bool there = row < tile_rows && column < columns;
-      total[row * kSumPitch<C> + column] = there ? add(offset + row * pitch + column) : C(0);
+      from[v] = there ? first_part + offset + row * pitch + column : nullptr;
+#pragma unroll
+      for (int e = 0; e < n; ++e) sum[v][e] = C(0);
+      if (there) load_aligned(sum[v], from[v]);
+    }
+#pragma unroll(sizeof(C) == 8 ? 1 : 4)
+    for (int64_t part = 1; part < ranges; ++part) {
+      const int64_t distance = other_parts - first_part + (part - 1) * part_step;
+#pragma unroll
+      for (int v = 0; v < count; ++v) {
+        if (!from[v]) continue;
+        C values[n];
+        load_aligned(values, from[v] + distance);
+#pragma unroll
+        for (int e = 0; e < n; ++e) sum[v][e] += values[e];
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < count; ++v) {
+      const int vector = thread + v * kThreads;
+      store_aligned<Space::kShared>(total + vector / across * kSumPitch<C> + vector % across * n,
+                                    sum[v]);
     }
   };
   for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
     const int64_t bottleneck = adapter.view.bottleneck - block * kBlock;
-    if (wanted.down()) {
+    if (!second && wanted.down()) {
       __syncthreads();
       add_tile(block * kBlock * kBlock, kBlock, bottleneck, kBlock);
       if (thread < kBlock && thread < bottleneck) {
@@ -1016,24 +1226,26 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
       __syncthreads();
       weight_gradients.down(total, hidden_sum, block);
     }
-    if (wanted.up()) {
+    if (second && wanted.up()) {
       __syncthreads();
       add_tile(params.padded * kBlock + block * kBlock, params.padded, kBlock, bottleneck);
       __syncthreads();
       weight_gradients.up(total, block);
     }
   }
-  if (!wanted.norm()) return;
+  if (second || !wanted.norm()) return;
   __syncthreads();
-  if (b.norm_position == NormPosition::kPre) return weight_gradients.norm(total);
+  if (b.norm_position == NormPosition::kPre) return weight_gradients.norm();
   if (thread >= kBlock) return;
   const int64_t sums = params.partial_size() - 2 * kBlock + thread;
   weight_gradients.norm(thread, add(sums), add(sums + kBlock));
 }
 
-// Whether some adapter's gradients need the second product again.
-inline bool wants_out(const LinearAdapterBackward& b) {
-  return b.norm_position == NormPosition::kPost || (b.l2_lambda && b.grad_aux);
+// Whether do is dy as it is, and its operands too.
+template <class X, class P>
+bool is_plain(const LinearAdapterBackward& b) {
+  return std::is_same_v<X, typename P::Operand> && operand_rounding(b) == DataType::kFloat64 &&
+         !wants_out(b) && b.dropout == 0.0 && b.stochastic_depth == 0.0;
 }
 
 // False where its buffers have no room.
@@ -1042,15 +1254,18 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
   constexpr int64_t rows = S::kRows;
   using T = typename P::Operand;
   using C = typename P::Sum;
+  constexpr int64_t kStages = BackwardParams::kStages;
+  // Post: dy is also brought in tiles of the second product's width.
+  constexpr int64_t part_pitch = std::max(kPartPitch<X, kStep<P>>, kPartPitch<X, kBlock>);
   const LinearAdapterBackward& b = call.problem;
   ColumnLayout& layout = params.layout;
   layout = {};
   SharedRoom room;
   if (wants_out(b)) {
     // Room beside the buffers of the second product.
-    const int64_t own =
-        rows * (2 * kStepPitch<P> * sizeof(T) + (kBlock + kStep<P>)*sizeof(X) + 2 * sizeof(C)) +
-        2 * kStep<P> * kBlockPitch<P> * sizeof(T) + 8 * 128;
+    const int64_t own = rows * (2 * kStepPitch<P> * sizeof(T) +
+                                kPartStages<X, P> * part_pitch * sizeof(X) + 2 * sizeof(C)) +
+                        kStages * kStep<P> * kBlockPitch<P> * sizeof(T) + 16 * 128;
     layout.rows = shared_layout<X, P, S>(b, call.limits.shared_memory - own);
     room = SharedRoom(layout.rows.bytes);
   } else {
@@ -1058,12 +1273,16 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
   }
   layout.row_mean = room.take<C>(rows);
   layout.row_product = room.take<C>(rows);
-  for (int i = 0; i < 2; ++i) {
-    // Post: a tile of the second product's width.
-    params.gradient_part[i] = room.take<X>(rows * (i == 0 ? kBlock : kStep<P>));
-    params.gradient[i] = room.take<T>(rows * kStepPitch<P>);
+  SharedRoom sums = room;
+  params.hidden_sums = sums.take<C>(rows * kSumPitch<C>);
+  for (int i = 0; i < kStages; ++i) {
+    if (i < kPartStages<X, P>) params.gradient_part[i] = room.take<X>(rows * part_pitch);
     params.up[i] = room.take<T>(kStep<P> * kBlockPitch<P>);
   }
+  if (!params.plain) {
+    for (int& gradient : params.gradient) gradient = room.take<T>(rows * kStepPitch<P>);
+  }
+  room = SharedRoom(std::max(room.bytes(), sums.bytes()));
   if (room.bytes() > call.limits.shared_memory) return false;
   params.parts = Parts::make(b, rows, false);
   launch("linear_adapter_backward: rows", &backward_rows_kernel<X, P, S>, params.parts.blocks,
@@ -1079,11 +1298,14 @@ void Backward<X, P>::run(const BackwardCall& call) {
   auto params = call.params<BackwardParams>();
   params.padded = round_up(std::max<int64_t>(b.hidden_stride, 1), 16);
   params.column_blocks = (b.hidden_size + kBlock - 1) / kBlock;
+  params.whole = b.hidden_size % kBlock == 0 && is_aligned(b.x) && is_aligned(b.grad_y) &&
+                 is_aligned(b.grad_x);
+  params.plain = params.whole && is_plain<X, P>(b);
   const int64_t processors = call.limits.multiprocessors, adapters = b.routing.adapters;
   // Ranges that give every multiprocessor some blocks, but are not so short that writing and
   // reading their sums would matter.
   const int64_t wanted = std::max<int64_t>(2 * processors / params.column_blocks, 1);
-  const int64_t range = std::max<int64_t>(round_up(b.rows / wanted, 64), 256);
+  const int64_t range = std::clamp<int64_t>(round_up(b.rows / wanted, 64), 256, int64_t{1} << 30);
   Carver workspace(call.workspace);
   params.hidden_gradients = workspace.take<T>(b.rows * params.padded);
   params.activated = workspace.take<T>(b.rows * params.padded);
@@ -1112,35 +1334,16 @@ void Backward<X, P>::run(const BackwardCall& call) {
   constexpr int64_t rows = S::kRows;
   SharedRoom room;
   take_rows<C>(layout.rows, room, rows, 2);
-  layout.row_mean = room.take<C>(rows);
-  layout.row_product = room.take<C>(rows);
   layout.range = room.take<RowRange<C>>(1);
+  if (b.norm_position == NormPosition::kPre) {
+    layout.norm_weight = room.take<C>(kBlock);
+    layout.norm_sums = room.take<C>(WeightGradients<X, P>::kNormSums);
+  }
   if (b.norm_position == NormPosition::kPost) {
     layout.vector_sums = room.take<C>(VectorSums<X, C, S::kWarps>::kSize);
   }
-  layout.x_part = room.take<X>(rows * kBlock);
-  layout.gradient_part = room.take<X>(rows * kBlock);
   if (wants_out(b)) layout.rows.sums = room.take<C>(rows * kSumPitch<C>);
-  // Operands; afterwards their place holds a tile of sums, and Σ dh of each thread.
-  SharedRoom total = room;
-  layout.total = total.take<C>(kBlock * kSumPitch<C>);
-  layout.hidden_sum = total.take<C>(S::kThreads);
-  layout.hidden_gradient = room.take<T>(rows * kBlockPitch<P>);
-  layout.rows.activated = room.take<T>(rows * kBlockPitch<P>);
-  layout.x = room.take<T>(rows * kBlockPitch<P>);
-  layout.gradient = room.take<T>(rows * kBlockPitch<P>);
-  // Unless that is wanted before x and du are there, dn has their place when they have been
-  // multiplied.
-  static_assert(rows * kSumPitch<C> * sizeof(C) <= 2 * rows * kBlockPitch<P> * sizeof(T));
-  if (!wants_out(b)) layout.rows.sums = layout.x;
-  room = SharedRoom(std::max(room.bytes(), total.bytes()));
-  layout.rows.activated_resident = params.padded <= kBlock;
-  layout.rows.activated_pitch =
-      static_cast<int>(layout.rows.activated_resident ? kBlockPitch<P> : kStepPitch<P>);
   const bool one_piece = layout.one_piece = b.hidden_stride <= kStep<P>;
-  // Pieces of left operands, before x and du are there or when they have been multiplied.
-  layout.rows.left[0] = layout.x;
-  layout.rows.left[1] = layout.gradient;
   // The two second operands are never in use together, but `down` of one piece, which stays for all
   // rows, with one piece of `up`.
   const auto take_piece = [&] {
@@ -1153,14 +1356,43 @@ void Backward<X, P>::run(const BackwardCall& call) {
     layout.rows.weights[1] = take_piece();
     for (int i = 0; i < 2; ++i) layout.down[i] = layout.rows.weights[i];
   }
+  // What a tile of rows needs; afterwards its place holds a tile of sums, and Σ dh of each thread.
+  SharedRoom total = room;
+  layout.total = total.take<C>(kBlock * kSumPitch<C>);
+  layout.hidden_sum = total.take<C>(S::kThreads);
+  layout.x = room.take<T>(rows * kBlockPitch<P>);
+  layout.gradient = room.take<T>(rows * kBlockPitch<P>);
+  // Pieces of left operands, before x and du are there or when they have been multiplied.
+  layout.rows.left[0] = layout.x;
+  layout.rows.left[1] = layout.gradient;
+  // Unless that is wanted before x and du are there, dn has their place when they have been
+  // multiplied.
+  static_assert(rows * kSumPitch<C> * sizeof(C) <= 2 * rows * kBlockPitch<P> * sizeof(T));
+  if (!wants_out(b)) layout.rows.sums = layout.x;
+  layout.rows.activated_resident = params.padded <= kBlock;
+  layout.rows.activated_pitch =
+      static_cast<int>(layout.rows.activated_resident ? kBlockPitch<P> : kStepPitch<P>);
+  const int64_t stages_begin = room.bytes();
+  layout.row_sums = room.take<C>(4 * rows);
+  layout.hidden_gradient = room.take<T>(rows * kBlockPitch<P>);
+  layout.rows.activated = room.take<T>(rows * kBlockPitch<P>);
+  layout.x_part = room.take<X>(rows * kPartPitch<X, kBlock>);
+  layout.gradient_part = room.take<X>(rows * kPartPitch<X, kBlock>);
+  layout.stage_bytes = static_cast<int>(room.bytes() - stages_begin);
+  // Two, if a multiprocessor still has room for two blocks, beside what CUDA reserves for each.
+  const int64_t two_stages = std::max(room.bytes() + layout.stage_bytes, total.bytes());
+  layout.stages = !wants_out(b) && 2 * two_stages + 1024 <= call.limits.shared_memory ? 2 : 1;
+  room = SharedRoom(layout.stages > 1 ? two_stages : std::max(room.bytes(), total.bytes()));
   params.parts = Parts::make(b, range, true);
   launch("linear_adapter_backward: columns", &backward_columns_kernel<X, P>,
          params.parts.blocks * params.column_blocks, S::kThreads, room.bytes(), call.stream,
          params);
   if (b.rows > range) {
     launch("linear_adapter_backward: ranges", &backward_ranges_kernel<X, P>,
-           adapters * params.column_blocks, LargeTile::kThreads,
-           (kBlock * kSumPitch<C> + kBlock) * sizeof(C) + sizeof(Adapter), call.stream, params);
+           2 * adapters * params.column_blocks, LargeTile::kThreads,
+           (kBlock * kSumPitch<C> + kBlock + WeightGradients<X, P>::kNormSums) * sizeof(C) +
+               sizeof(Adapter),
+           call.stream, params);
   }
 }
 

@@ -30,9 +30,12 @@ struct Call {
 using ForwardCall = Call<LinearAdapterForward>;
 using BackwardCall = Call<LinearAdapterBackward>;
 
-// The largest tile whose sums have room in registers.
+// The largest tiles whose sums have room in registers. A forward's has a multiprocessor to itself
+// where its rows of x fill shared memory, and so twice the threads.
 template <class X>
 using LargestTile = std::conditional_t<sizeof(X) < 8, LargeTile, SmallTile>;
+template <class X>
+using LargestForwardTile = std::conditional_t<sizeof(X) < 8, Shape<64, 512>, SmallTile>;
 
 // Whether tiles are of 64 rows, which read weights a quarter as often as those of 16, but are
 // fewer.

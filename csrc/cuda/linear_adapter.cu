@@ -1,4 +1,7 @@
 // The launchers of linear_adapter: adapters in launch parameters, and the choice of types.
+#include <stdexcept>
+#include <string>
+
 #include "cuda/instances.h"
 #include "cuda/linear_adapter.h"
 
@@ -30,9 +33,20 @@ int64_t element_size(DataType type) {
   return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
 }
 
+// Kernels count columns, and the elements of a tile's rows of the bottleneck, in 32 bits.
+void check_widths(const LinearAdapterProblem& problem) {
+  constexpr int64_t limit = int64_t{1} << 24;
+  if (problem.hidden_size >= limit || problem.hidden_stride >= limit) {
+    throw std::runtime_error(
+        "linear_adapter: x: expected D and bottlenecks below 2^24 on a CUDA device, got " +
+        std::to_string(problem.hidden_size) + " and " + std::to_string(problem.hidden_stride));
+  }
+}
+
 template <class ProblemType>
 Call<ProblemType> make_call(const ProblemType& problem, void* workspace, int64_t* bytes,
                             Stream stream) {
+  check_widths(problem);
   Call<ProblemType> call{problem, {}, device_limits(), workspace, bytes, stream};
   const AdapterTable& table = problem.adapters;
   const AdapterGradients* gradients = gradients_of(problem);

@@ -56,10 +56,53 @@ struct WarpTile {
   static constexpr int kColumns = kBlock / kAcross, kTiles = kColumns / 8;
   static_assert(kDown * 16 == S::kRows && kDown * kAcross == S::kWarps && kTiles > 0);
 
-  int warp = thread_index() / 32, lane = thread_index() % 32;
+  // Of many threads each has few sums, and registers for what is made of its index.
+  int thread = S::kThreads > LargeTile::kThreads ? static_cast<int>(threadIdx.x) : thread_index();
+  int warp = thread / 32, lane = thread % 32;
   int first_row = warp % kDown * 16, first_column = warp / kDown * kColumns;
   int g = lane / 4, t = lane % 4;
 };
+
+// Turns the sums of a tile of 8 columns into elements of x's type, and has them written:
+// change(half, column, two neighbours) may change them; write(half, column, words) gets whole words
+// that lie next to each other in their row. `half`: of the lane's rows g and g + 8, which one.
+template <class X, class C, class Change, class Write>
+__device__ __forceinline__ void write_tile(const C (&sum)[4], int column, int t, Change&& change,
+                                           Write&& write) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    C values[2] = {sum[2 * half], sum[2 * half + 1]};
+    change(half, column + 2 * t, values);
+    const X elements[2] = {static_cast<X>(values[0]), static_cast<X>(values[1])};
+    uint32_t words[sizeof(X) / 2];
+    memcpy(words, elements, sizeof(elements));
+    write(half, column + 2 * t, words);
+  }
+}
+// The same of two tiles side by side, and elements of 16 bits. Four lanes have two neighbours each
+// in the same row of both tiles, half a sector of memory; they exchange them for four neighbours
+// each, which together are a sector.
+template <class X, class C, class Change, class Write>
+__device__ __forceinline__ void write_tiles(const C (&first)[4], const C (&second)[4], int column,
+                                            int t, Change&& change, Write&& write) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    C values[2] = {first[2 * half], first[2 * half + 1]};
+    C others[2] = {second[2 * half], second[2 * half + 1]};
+    change(half, column + 2 * t, values);
+    change(half, column + 8 + 2 * t, others);
+    const bool second_tile = t & 2, second_half = t & 1;
+    const uint32_t pair[2] = {pair_bits<X>(values[0], values[1]),
+                              pair_bits<X>(others[0], others[1])};
+    const uint32_t own = second_tile ? pair[1] : pair[0];
+    const uint32_t theirs = __shfl_xor_sync(0xffffffffu, second_tile ? pair[0] : pair[1], 2);
+    const bool keeps_own = second_tile == second_half;
+    const uint32_t kept = keeps_own ? own : theirs;
+    const uint32_t received = __shfl_xor_sync(0xffffffffu, keeps_own ? theirs : own, 1);
+    const uint32_t words[2] = {second_half ? received : kept, second_half ? kept : received};
+    write(half, column + 8 * second_tile + 4 * second_half, words);
+  }
+}
 
 template <class P, class S>
 struct Product {
@@ -91,8 +134,25 @@ struct Product {
   template <bool a_along_k, bool b_along_k>
   __device__ __forceinline__ void multiply(const T* a, int a_pitch, const T* b, int b_pitch,
                                            int depth, int columns = kBlock) {
+    // All of it is the common case, and needs no checks.
+    if (depth == kStep<P> && columns >= kBlock) {
+      multiply<a_along_k, b_along_k, kStep<P>>(a, a_pitch, b, b_pitch, kStep<P>, kBlock);
+    } else {
+      multiply<a_along_k, b_along_k, 0>(a, a_pitch, b, b_pitch, depth, columns);
+    }
+  }
+
+ private:
+  // `whole`: the extent of k where it and the columns are known to be whole, or 0.
+  template <bool a_along_k, bool b_along_k, int whole>
+  __device__ __forceinline__ void multiply(const T* a, int a_pitch, const T* b, int b_pitch,
+                                           int depth, int columns) {
     const Warp warp;
+    const auto skips = [&](int tile) {
+      return whole == 0 && warp.first_column + 8 * tile >= columns;
+    };
     if constexpr (std::is_same_v<P, Tf32>) {
+#pragma unroll 2
       for (int k = 0; k < depth; k += 8) {
         uint32_t fragment[4];
         read_tf32<a_along_k>(fragment, warp, a, a_pitch, warp.first_row, k);
@@ -100,7 +160,7 @@ struct Product {
         for (int i = 0; i < kTiles; i += 2) {
           static_assert(kTiles % 2 == 0);
           const int column = warp.first_column + 8 * i;
-          if (column >= columns) break;
+          if (skips(i)) break;
           uint32_t pair[4];
           read_tf32<b_along_k>(pair, warp, b, b_pitch, column, k);
           const uint32_t first[2] = {pair[0], pair[2]}, second[2] = {pair[1], pair[3]};
@@ -115,6 +175,7 @@ struct Product {
 #pragma unroll
         for (int i = 0; i < n; ++i) to[i] = tile[(k + i) * pitch + index];
       };
+#pragma unroll 1
       for (int k = 0; k < depth; k += n) {
         C left[2][n];
         const int row = warp.first_row + warp.g;
@@ -122,7 +183,7 @@ struct Product {
         read(left[1], a, a_pitch, a_along_k, row + 8, k);
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-          if (warp.first_column + 8 * i >= columns) break;
+          if (skips(i)) break;
           const int column = warp.first_column + 8 * i + 2 * warp.t;
           C right[2][n];
           read(right[0], b, b_pitch, b_along_k, column, k);
@@ -137,36 +198,37 @@ struct Product {
     } else {
       // A lane's row of the four 8 x 8 matrices that load_matrices reads.
       const int matrix = warp.lane / 8, line = warp.lane % 8;
-      for (int k = 0; k < depth; k += 16) {
+      const int a_k = a_along_k ? 1 : a_pitch, b_k = b_along_k ? 1 : b_pitch;
+      const T* const a_from =
+          a_along_k ? a + (warp.first_row + matrix % 2 * 8 + line) * a_pitch + matrix / 2 * 8
+                    : a + (matrix / 2 * 8 + line) * a_pitch + warp.first_row + matrix % 2 * 8;
+      const T* const b_from =
+          b_along_k ? b + (warp.first_column + matrix / 2 * 8 + line) * b_pitch + matrix % 2 * 8
+                    : b + (matrix % 2 * 8 + line) * b_pitch + warp.first_column + matrix / 2 * 8;
+      const auto step = [&](int k) {
         uint32_t fragment[4];
-        if constexpr (a_along_k) {
-          load_matrices<false>(fragment, a + (warp.first_row + matrix % 2 * 8 + line) * a_pitch +
-                                             k + matrix / 2 * 8);
-        } else {
-          load_matrices<true>(fragment, a + (k + matrix / 2 * 8 + line) * a_pitch + warp.first_row +
-                                            matrix % 2 * 8);
-        }
+        load_matrices<!a_along_k>(fragment, a_from + k * a_k);
 #pragma unroll
         for (int i = 0; i < kTiles; i += 2) {
           static_assert(kTiles % 2 == 0);
-          const int column = warp.first_column + 8 * i;
-          if (column >= columns) break;
+          if (skips(i)) break;
           uint32_t pair[4];
-          if constexpr (b_along_k) {
-            load_matrices<false>(
-                pair, b + (column + matrix / 2 * 8 + line) * b_pitch + k + matrix % 2 * 8);
-          } else {
-            load_matrices<true>(
-                pair, b + (k + matrix % 2 * 8 + line) * b_pitch + column + matrix / 2 * 8);
-          }
+          load_matrices<!b_along_k>(pair, b_from + 8 * i * (b_along_k ? b_pitch : 1) + k * b_k);
           const uint32_t first[2] = {pair[0], pair[1]}, second[2] = {pair[2], pair[3]};
           multiply_add(sum[i], fragment, first, T{});
           multiply_add(sum[i + 1], fragment, second, T{});
         }
+      };
+      if constexpr (whole > 0) {
+#pragma unroll
+        for (int k = 0; k < whole; k += 16) step(k);
+      } else {
+        for (int k = 0; k < depth; k += 16) step(k);
       }
     }
   }
 
+ public:
   // The part [16, 8 of k] of a tile, as mma's left fragment has it; its even and its odd elements
   // are two right fragments. Where tiles are stored along k, a row of the matrices that
   // load_matrices reads is four floats.
@@ -202,30 +264,18 @@ struct Product {
     }
   }
 
-  // Writes the sums, rounded to 16-bit operands, to `rows` rows in memory that have `columns` of
-  // them, a multiple of 16, and begin at multiples of 32 bytes. Four lanes have two neighbours each
-  // in the same row of two tiles, half a sector of each; they exchange them for four neighbours
-  // each, which together are a sector.
-  __device__ __forceinline__ void store_operands(T* to, int64_t pitch, int rows, int64_t columns) {
+  // Turns the sums into elements of x's type, and has them written: see write_tile.
+  template <class X, class Change, class Write>
+  __device__ __forceinline__ void write_rows(Change&& change, Write&& write) {
     const Warp warp;
-    const bool second_tile = warp.t & 2, second_half = warp.t & 1;
 #pragma unroll
-    for (int i = 0; i < kTiles; i += 2) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t pair[2] = {pair_bits<T>(sum[i][2 * half], sum[i][2 * half + 1]),
-                                  pair_bits<T>(sum[i + 1][2 * half], sum[i + 1][2 * half + 1])};
-        const uint32_t own = second_tile ? pair[1] : pair[0];
-        const uint32_t other = __shfl_xor_sync(0xffffffffu, second_tile ? pair[0] : pair[1], 2);
-        const bool keeps_own = second_tile == second_half;
-        const uint32_t kept = keeps_own ? own : other;
-        const uint32_t received = __shfl_xor_sync(0xffffffffu, keeps_own ? other : own, 1);
-        const uint32_t words[2] = {second_half ? received : kept, second_half ? kept : received};
-        const int row = warp.first_row + warp.g + 8 * half;
-        const int column = warp.first_column + 8 * (i + second_tile) + 4 * second_half;
-        if (row < rows && column < columns) {
-          store_words<Space::kGlobal>(to + row * pitch + column, words);
-        }
+    for (int i = 0; i < kTiles; i += sizeof(X) == 2 ? 2 : 1) {
+      const int column = warp.first_column + 8 * i;
+      if constexpr (sizeof(X) == 2) {
+        static_assert(kTiles % 2 == 0);
+        write_tiles<X>(sum[i], sum[i + 1], column, warp.t, change, write);
+      } else {
+        write_tile<X>(sum[i], column, warp.t, change, write);
       }
     }
   }
@@ -301,7 +351,7 @@ __device__ __forceinline__ void fill_tile(typename P::Operand* tile, int pitch, 
   }
 }
 
-// A [rows, columns] part of a weight matrix, as it is stored. Only pointers of registers.
+// A weight matrix as it is stored; fewer than 2^31 rows and columns.
 struct WeightMatrix {
   const void* data;
   int64_t stride;         // from a row to the next, in elements
@@ -320,40 +370,63 @@ struct WeightMatrix {
                                                                  : false;
     return {data, stride, rows, columns, is_float, aligned, aligned && same && !rounded};
   }
+};
 
-  // Starts filling a tile with the part that begins at (row, column). The caller commits, waits and
-  // synchronises.
-  template <class X, class P, class S, int tile_rows, int tile_columns>
-  __device__ __forceinline__ void fill(typename P::Operand* tile, int pitch, int64_t row,
-                                       int64_t column, DataType rounding) const {
-    using T = typename P::Operand;
-    constexpr int n = kVector<T>, across = tile_columns / n;
-    static_assert(tile_rows * across % S::kThreads == 0);
-    if (copied) {
-      const T* from = static_cast<const T*>(data);
+// A part [tile_rows, tile_columns] of a weight matrix that moves over it, and this thread's vectors
+// of the part.
+template <class X, class P, class S, int tile_rows, int tile_columns>
+class WeightTile {
+  using T = typename P::Operand;
+  static constexpr int n = kVector<T>, kAcross = tile_columns / n;
+  static constexpr int kDown = S::kThreads / kAcross, kCount = tile_rows / kDown;
+  static_assert(kCount * kDown == tile_rows);
+
+ public:
+  __device__ __forceinline__ WeightTile(const WeightMatrix& matrix, int64_t row, int64_t column)
+      : matrix_(matrix),
+        index_((row + own_row()) * matrix.stride + column + own_column()),
+        rows_left_(static_cast<int>(matrix.rows - row) - own_row()),
+        columns_left_(static_cast<int>(matrix.columns - column) - own_column()) {}
+
+  __device__ __forceinline__ void move(int rows, int columns) {
+    index_ += rows * matrix_.stride + columns;
+    rows_left_ -= rows;
+    columns_left_ -= columns;
+  }
+
+  // Starts filling a tile in shared memory. The caller commits, waits and synchronises. `whole`: it
+  // is known that elements are copied.
+  template <bool whole = false>
+  __device__ __forceinline__ void fill(T* tile, int pitch, DataType rounding) const {
+    if (whole || matrix_.copied) {
+      const T* const from = static_cast<const T*>(matrix_.data) + index_;
+      T* const to = tile + own_row() * pitch + own_column();
+      const int there = columns_left_ <= 0 ? 0 : columns_left_ < n ? columns_left_ : n;
 #pragma unroll
-      for (int i = 0; i < tile_rows * across / S::kThreads; ++i) {
-        const int vector = thread_index() + i * S::kThreads;
-        const int tile_row = vector / across, tile_column = vector % across * n;
-        const int64_t left = row + tile_row < rows ? columns - column - tile_column : 0;
-        const int count = left <= 0 ? 0 : left < n ? static_cast<int>(left) : n;
-        copy_async(tile + tile_row * pitch + tile_column,
-                   count ? from + (row + tile_row) * stride + column + tile_column : from,
+      for (int i = 0; i < kCount; ++i) {
+        const int count = rows_left_ > i * kDown ? there : 0;
+        copy_async(to + i * kDown * pitch, count ? from + i * kDown * matrix_.stride : matrix_.data,
                    count * static_cast<int>(sizeof(T)));
       }
     } else {
 #pragma unroll 1  // registers are full of sums
-      for (int i = 0; i < tile_rows * across / S::kThreads; ++i) {
-        const int vector = thread_index() + i * S::kThreads;
-        const int tile_row = vector / across, tile_column = vector % across * n;
-        const int64_t left = row + tile_row < rows ? columns - column - tile_column : 0;
+      for (int i = 0; i < kCount; ++i) {
         typename P::Sum values[n];
-        load_weights<X>(values, data, is_float, (row + tile_row) * stride + column + tile_column,
-                        left, aligned);
-        store_operands<P>(tile + tile_row * pitch + tile_column, values, rounding);
+        load_weights<X>(values, matrix_.data, matrix_.is_float, index_ + i * kDown * matrix_.stride,
+                        rows_left_ > i * kDown ? columns_left_ : 0, matrix_.aligned);
+        store_operands<P>(tile + (own_row() + i * kDown) * pitch + own_column(), values, rounding);
       }
     }
   }
+
+ private:
+  // The first vector's place in the part.
+  static __device__ __forceinline__ int own_row() { return thread_index() / kAcross; }
+  static __device__ __forceinline__ int own_column() { return thread_index() % kAcross * n; }
+
+  WeightMatrix matrix_;
+  int64_t index_;                 // of that vector, in the matrix
+  int rows_left_, columns_left_;  // from that vector on
 };
 
 }  // namespace adapter_ext::cuda

@@ -12,14 +12,19 @@ namespace adapter_ext::cuda {
 struct SharedLayout {
   int adapter;                  // an Adapter
   int row, mean, rstd, active;  // [rows]
-  int x;                        // [rows, x_columns] of x's type
+  int x;                        // [rows, x_pitch] of x's type
   int left[2];                  // operands of the first product, [rows, kStep]
-  int weights[2];               // [64, kStep]
+  int weights[2];               // [64, kStep], and behind them more, for decode
   int activated;                // operands of the second product: [rows, bottleneck], or (where
                                 // that does not fit: not `activated_resident`) none
   int sums;                     // results [rows, 64]
+  int norm;                     // the pre norm's weight and bias, [2, norm_columns], as they are
   bool activated_resident;
-  int x_columns;        // the last ones, as many as shared memory has room for
+  int x_columns;  // the last ones, as many as shared memory has room for
+  int x_pitch;
+  int x_stage[2];  // [rows, kStagePitch]: some of the others, on their way before they are used
+  bool x_staged;
+  int norm_columns;     // 0: there is no room
   int activated_pitch;  // in elements
   int bytes;
 };
@@ -50,16 +55,23 @@ void take_rows(SharedLayout& layout, SharedRoom& room, int64_t rows, int64_t til
   layout.active = room.take<int>(tiles * rows);
 }
 
-// Buffers of both products, within the limit.
+// Bytes of a buffer for weights.
+template <class P>
+inline constexpr int kWeightBytes =
+    kBlock * kStepPitch<P> * static_cast<int>(sizeof(typename P::Operand));
+
+// Buffers of both products, within the limit; `stages` of them for weights.
 template <class X, class P, class S>
-SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit) {
+SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit, int64_t stages = 2) {
   using T = typename P::Operand;
   using C = typename P::Sum;
   constexpr int64_t rows = S::kRows, sums = rows * kSumPitch<C>;
   SharedLayout layout{};
   SharedRoom room;
   take_rows<C>(layout, room, rows);
-  for (int& weights : layout.weights) weights = room.take<T>(kBlock * kStepPitch<P>);
+  static_assert(kWeightBytes<P> % 128 == 0);
+  layout.weights[0] = room.take<char>(stages * kWeightBytes<P>);
+  layout.weights[1] = layout.weights[0] + kWeightBytes<P>;
   const int64_t padded = round_up(std::max<int64_t>(p.hidden_stride, 1), kBlock);
   const int64_t pitch = padded + 16 / static_cast<int64_t>(sizeof(T));
   // The first product is over when the second begins, which then has its memory.
@@ -81,14 +93,53 @@ SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit) {
   return layout;
 }
 
+// Elements from a row to the next of a tile of x as it is, which is then read like one of operands.
+template <class X, int columns>
+inline constexpr int kPartPitch =
+    columns + (columns == kBlock && sizeof(X) == 4 ? 8 : 16 / static_cast<int>(sizeof(X)));
+
+// Elements from a row to the next of a stage of x: of the columns of a step of the first product,
+// or of two blocks, where the second product makes as many at a time (see
+// ForwardTile::finish_direct).
+template <class X, class P>
+inline constexpr int kStagePitch =
+    std::is_same_v<P, TensorCore<X>> ? kPartPitch<X, kBlock> + kBlock : kPartPitch<X, kStep<P>>;
+
+// Adds stages for the columns of x that are not resident.
+template <class X, class P>
+void take_stages(SharedLayout& layout, int64_t rows) {
+  SharedRoom room(layout.bytes);
+  for (int& stage : layout.x_stage) stage = room.take<X>(rows * kStagePitch<X, P>);
+  layout.x_staged = true;
+  layout.bytes = static_cast<int>(room.bytes());
+}
+
+// Adds the norm's weight and bias for some columns, if there is room.
+template <class X>
+void take_norm(SharedLayout& layout, const LinearAdapterProblem& p, int64_t columns,
+               int64_t limit) {
+  SharedRoom room(layout.bytes);
+  const bool is_float = p.weight_type == DataType::kFloat32;
+  const int64_t wanted = round_up(columns, kVector<char>);
+  const int64_t bytes = 2 * wanted * (is_float ? 4 : static_cast<int64_t>(sizeof(X)));
+  layout.norm = room.take<char>(bytes);
+  if (room.bytes() > limit) return;
+  layout.norm_columns = static_cast<int>(wanted);
+  layout.bytes = static_cast<int>(room.bytes());
+}
+
 // Adds the rows of x, or their columns behind as many whole blocks as there is no room for.
 template <class X>
 void take_x(SharedLayout& layout, int64_t rows, int64_t columns, int64_t limit) {
   SharedRoom room(layout.bytes);
-  const int64_t fit = (limit - layout.bytes) / (rows * static_cast<int64_t>(sizeof(X)));
-  const int64_t left_out = round_up(std::max<int64_t>(columns - fit, 0), kBlock);
+  // Without bank conflicts where eight rows are read at a time. In whole vectors.
+  constexpr int64_t padding = kPartPitch<X, kBlock> - kBlock, vector = kVector<X>;
+  const int64_t fit =
+      (limit - layout.bytes) / (rows * static_cast<int64_t>(sizeof(X))) - padding - vector;
+  const int64_t left_out = round_up(std::max<int64_t>(columns - fit, 0), 2 * kBlock);
   layout.x_columns = static_cast<int>(std::max<int64_t>(columns - left_out, 0));
-  layout.x = room.take<X>(rows * layout.x_columns);
+  layout.x_pitch = static_cast<int>(round_up(layout.x_columns, vector) + padding);
+  layout.x = room.take<X>(layout.x_columns ? rows * layout.x_pitch : 0);
   layout.bytes = static_cast<int>(room.bytes());
 }
 
@@ -114,24 +165,24 @@ struct Elements {
   __device__ __forceinline__ int row(int i) const { return (thread + i * S::kThreads) / kLanes; }
   __device__ __forceinline__ int column() const { return thread % kLanes * kColumns; }
   // Where a vector lies in a tile [rows, columns].
-  __device__ __forceinline__ int at(int i) const { return row(i) * columns + column(); }
+  __device__ __forceinline__ int at(int i, int pitch) const { return row(i) * pitch + column(); }
 };
 
 // Starts bringing this thread's vectors of a tile to shared memory, where only this thread reads
 // them: of rows of a [*, width] matrix, from a column on, zero outside of it. The caller commits
 // and waits.
 template <class Own, class X>
-__device__ __forceinline__ void bring(X* tile, const X* matrix, const int64_t* row, int count,
-                                      int64_t column, int64_t width, bool aligned) {
+__device__ __forceinline__ void bring(X* tile, int pitch, const X* matrix, const int64_t* row,
+                                      int count, int column, int64_t width, bool aligned) {
   const Own own;
   if (!own.any()) return;
-  const int64_t first = column + own.column(), left = width - first;
+  const int first = column + own.column(), left = static_cast<int>(width) - first;
 #pragma unroll
   for (int v = 0; v < Own::kCount; ++v) {
     const int i = own.row(v);
     const bool there = i < count && left > 0;
     const X* from = there ? matrix + row[i] * width + first : matrix;
-    X* to = tile + own.at(v);
+    X* to = tile + own.at(v, pitch);
     if (aligned) {
       copy_async(to, from, there ? 16 : 0);
     } else {
@@ -165,7 +216,7 @@ class RowTile {
   const SharedLayout& layout;
   const int64_t width, first;  // columns of x; the position of the first row
   const int count;             // rows that are there
-  const int64_t adapter;
+  const int adapter;
   const AdapterView& view;
   const DataType rounding;
   const bool float_weights, pre;
@@ -215,17 +266,26 @@ class RowTile {
     return WeightMatrix::make<X, P>(view.down, view.down_stride, view.bottleneck, width,
                                     float_weights, rounding != DataType::kFloat64);
   }
+  // Whether there are only whole blocks of columns, and rows and weights begin at multiples of 16
+  // bytes and are copied as they are: then nothing needs to be checked for each vector.
+  __device__ __forceinline__ bool whole(const void* first_rows, const void* second_rows) const {
+    return width % kBlock == 0 && is_aligned(first_rows) && is_aligned(second_rows) &&
+           down().copied && up().copied && is_aligned(view.norm_weight) &&
+           is_aligned(view.norm_bias);
+  }
+
   __device__ __forceinline__ int up_steps() const {
     return static_cast<int>((view.bottleneck + kStep<P> - 1) / kStep<P>);
   }
 
   // Some columns of the norm's weight and bias.
-  template <int n>
+  template <bool whole = false, int n>
   __device__ __forceinline__ void load_norm(C (&weight)[n], C (&bias)[n], int64_t column) const {
-    load_weights<X>(weight, view.norm_weight, float_weights, column, width - column,
-                    is_aligned(view.norm_weight));
-    load_weights<X>(bias, view.norm_bias, float_weights, column, width - column,
-                    is_aligned(view.norm_bias));
+    const int left = whole ? n : static_cast<int>(width - column);
+    load_weights<X>(weight, view.norm_weight, float_weights, column, left,
+                    whole || is_aligned(view.norm_weight));
+    load_weights<X>(bias, view.norm_bias, float_weights, column, left,
+                    whole || is_aligned(view.norm_bias));
   }
 };
 
@@ -242,29 +302,37 @@ template <class X, class P, class S>
 class UpProduct {
   using Tile = RowTile<X, P, S>;
   using T = typename P::Operand;
+  using Weights = WeightTile<X, P, S, kBlock, kStep<P>>;
 
  public:
   // `activated` [rows, bottleneck] is in shared memory, or, where it does not fit, in memory from a
   // pointer on, its rows `stride` apart, with zeros up to whole steps of 16 elements.
   __device__ __forceinline__ UpProduct(const Tile& tile, const T* in_memory, int64_t stride)
-      : tile_(tile), in_memory_(in_memory), in_memory_stride_(stride), steps_(tile.up_steps()) {}
+      : tile_(tile),
+        in_memory_(in_memory),
+        in_memory_stride_(stride),
+        steps_(tile.up_steps()),
+        weights_(tile.up(), 0, 0) {}
 
-  // Prepares for some blocks of columns, one after the other.
+  // Prepares for some blocks of columns, one after the other. `whole`: see RowTile::whole.
+  template <bool whole = false>
   __device__ __forceinline__ void start(int64_t first_block, int64_t blocks) {
     __syncthreads();  // the buffers may still be in use
-    first_block_ = first_block;
-    step_ = 0;
-    end_ = blocks * steps_;
-    if (end_ > 0) fill(0);
+    weights_ = Weights(tile_.up(), first_block * kBlock, 0);
+    step_ = buffer_ = 0;
+    left_ = static_cast<int>(blocks) * steps_;
+    if (left_ > 0) fill<whole>();
   }
 
   // The sums of the next block. There is a barrier in it before anything else is done.
+  template <bool whole = false>
   __device__ __forceinline__ void next(Product<P, S>& product) {
     product.clear();
-    for (int step = 0; step < steps_; ++step, ++step_) {
+    for (int step = 0; step < steps_; ++step) {
       const T* left = shared_at<T>(tile_.layout.activated) + step * kStep<P>;
+      const T* const weights = shared_at<T>(tile_.layout.weights[buffer_]);
       if (!tile_.layout.activated_resident) {
-        T* piece = shared_at<T>(tile_.layout.left[step_ & 1]);
+        T* piece = shared_at<T>(tile_.layout.left[buffer_]);
         fill_tile<P, S, S::kRows, kStep<P>>(
             piece, kStepPitch<P>, DataType::kFloat64, [&](int row, int column, auto& values) {
               const int64_t j = step * kStep<P> + column;
@@ -275,18 +343,27 @@ class UpProduct {
       }
       copy_async_wait<0>();
       __syncthreads();
-      if (step_ + 1 < end_) fill(step_ + 1);
-      product.template multiply<true, true>(
-          left, tile_.layout.activated_pitch, shared_at<T>(tile_.layout.weights[step_ & 1]),
-          kStepPitch<P>, step_depth<P>(tile_.view.bottleneck, step));
+      buffer_ ^= 1;
+      if (--left_ > 0) {
+        if (++step_ == steps_) {
+          step_ = 0;
+          weights_.move(kBlock, -(steps_ - 1) * kStep<P>);
+        } else {
+          weights_.move(0, kStep<P>);
+        }
+        fill<whole>();
+      }
+      product.template multiply<true, true>(left, tile_.layout.activated_pitch, weights,
+                                            kStepPitch<P>,
+                                            step_depth<P>(tile_.view.bottleneck, step));
     }
   }
 
  private:
-  __device__ __forceinline__ void fill(int64_t step) const {
-    tile_.up().template fill<X, P, S, kBlock, kStep<P>>(
-        shared_at<T>(tile_.layout.weights[step & 1]), kStepPitch<P>,
-        (first_block_ + step / steps_) * kBlock, step % steps_ * kStep<P>, tile_.rounding);
+  template <bool whole>
+  __device__ __forceinline__ void fill() const {
+    weights_.template fill<whole>(shared_at<T>(tile_.layout.weights[buffer_]), kStepPitch<P>,
+                                  tile_.rounding);
     copy_async_commit();
   }
 
@@ -294,7 +371,8 @@ class UpProduct {
   const T* in_memory_;
   int64_t in_memory_stride_;
   const int steps_;
-  int64_t first_block_ = 0, step_ = 0, end_ = 0;
+  Weights weights_;  // the piece that is filled next
+  int step_ = 0, left_ = 0, buffer_ = 0;
 };
 
 }  // namespace adapter_ext::cuda

@@ -49,7 +49,7 @@ __device__ __forceinline__ T* shared_at(int offset) {
   return reinterpret_cast<T*>(shared_memory() + here(offset));
 }
 
-__device__ __forceinline__ bool is_aligned(const void* pointer, int64_t row_bytes = 0) {
+ADAPTER_EXT_HOST_DEVICE bool is_aligned(const void* pointer, int64_t row_bytes = 0) {
   return ((reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(row_bytes)) & 15) == 0;
 }
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ void load_aligned(C (&to)[n], const T* from) {
 // Reads n elements of which `count` are there; the others become zero. `aligned` says that all rows
 // of the matrix start at multiples of 16 bytes.
 template <class T, int n, class C>
-__device__ __forceinline__ void load(C (&to)[n], const T* from, int64_t count, bool aligned) {
+__device__ __forceinline__ void load(C (&to)[n], const T* from, int count, bool aligned) {
   if (aligned && count >= n) return load_aligned(to, from);
 #pragma unroll
   for (int i = 0; i < n; ++i) to[i] = i < count ? static_cast<C>(from[i]) : C(0);
@@ -132,12 +132,25 @@ __device__ __forceinline__ void store_aligned(T* to, const C (&from)[n]) {
 
 // Writes those of a vector's elements that are there, to global memory.
 template <class T, class C>
-__device__ __forceinline__ void store(T* to, const C (&from)[kVector<T>], int64_t count,
-                                      bool aligned) {
+__device__ __forceinline__ void store(T* to, const C (&from)[kVector<T>], int count, bool aligned) {
   if (aligned && count >= kVector<T>) return store_aligned<Space::kGlobal>(to, from);
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) {
     if (i < count) to[i] = static_cast<T>(from[i]);
+  }
+}
+
+// Reads two neighbours from an address aligned to both.
+template <class T, class C>
+__device__ __forceinline__ void load_pair(C (&to)[2], const T* from) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t bits = *reinterpret_cast<const uint32_t*>(from);
+    T pair[2];
+    memcpy(pair, &bits, 4);
+    to[0] = static_cast<C>(pair[0]);
+    to[1] = static_cast<C>(pair[1]);
+  } else {
+    load_aligned(to, from);
   }
 }
 
@@ -151,7 +164,7 @@ __device__ __forceinline__ void store_pair(T* to, T first, T second) {
 // Weights are stored in x's type or in float32; this reads n elements from the one at `index`.
 template <class X, int n, class C>
 __device__ __forceinline__ void load_weights(C (&to)[n], const void* weights, bool is_float,
-                                             int64_t index, int64_t count, bool aligned) {
+                                             int64_t index, int count, bool aligned) {
   if constexpr (!std::is_same_v<X, float>) {
     if (is_float) {
       return load(to, static_cast<const float*>(weights) + index, count, aligned);
@@ -186,31 +199,34 @@ struct ScalarMath {
 };
 
 // A kernel for each activation would be seven times the code; here it is a branch that all threads
-// take alike, at rows x bottleneck elements.
-template <class C>
-__device__ C value_of(Activation activation, C h) {
+// take alike, at rows x bottleneck elements. Calls function<activation>().
+template <class Function>
+__device__ __forceinline__ void with_activation(Activation activation, Function&& function) {
   switch (activation) {
-    case Activation::kIdentity: return activate<Activation::kIdentity, ScalarMath<C>>(h);
-    case Activation::kHardtanh: return activate<Activation::kHardtanh, ScalarMath<C>>(h);
-    case Activation::kRelu: return activate<Activation::kRelu, ScalarMath<C>>(h);
-    case Activation::kSelu: return activate<Activation::kSelu, ScalarMath<C>>(h);
-    case Activation::kSwish: return activate<Activation::kSwish, ScalarMath<C>>(h);
-    case Activation::kGelu: return activate<Activation::kGelu, ScalarMath<C>>(h);
-    default: return activate<Activation::kGeluTanh, ScalarMath<C>>(h);
+    case Activation::kIdentity: return function.template operator()<Activation::kIdentity>();
+    case Activation::kHardtanh: return function.template operator()<Activation::kHardtanh>();
+    case Activation::kRelu: return function.template operator()<Activation::kRelu>();
+    case Activation::kSelu: return function.template operator()<Activation::kSelu>();
+    case Activation::kSwish: return function.template operator()<Activation::kSwish>();
+    case Activation::kGelu: return function.template operator()<Activation::kGelu>();
+    default: return function.template operator()<Activation::kGeluTanh>();
   }
 }
-template <class C>
-__device__ C derivative_of(Activation activation, C h) {
-  using M = ScalarMath<C>;
-  switch (activation) {
-    case Activation::kIdentity: return activation_derivative<Activation::kIdentity, M>(h);
-    case Activation::kHardtanh: return activation_derivative<Activation::kHardtanh, M>(h);
-    case Activation::kRelu: return activation_derivative<Activation::kRelu, M>(h);
-    case Activation::kSelu: return activation_derivative<Activation::kSelu, M>(h);
-    case Activation::kSwish: return activation_derivative<Activation::kSwish, M>(h);
-    case Activation::kGelu: return activation_derivative<Activation::kGelu, M>(h);
-    default: return activation_derivative<Activation::kGeluTanh, M>(h);
-  }
+// Elements of h to their activations, in place.
+template <class C, int n>
+__device__ __forceinline__ void activate_all(Activation activation, C (&h)[n]) {
+  with_activation(activation, [&]<Activation kind>() {
+#pragma unroll
+    for (int e = 0; e < n; ++e) h[e] = activate<kind, ScalarMath<C>>(h[e]);
+  });
+}
+// The derivatives at elements of h.
+template <class C, int n>
+__device__ __forceinline__ void derivatives(Activation activation, const C (&h)[n], C (&to)[n]) {
+  with_activation(activation, [&]<Activation kind>() {
+#pragma unroll
+    for (int e = 0; e < n; ++e) to[e] = activation_derivative<kind, ScalarMath<C>>(h[e]);
+  });
 }
 
 // The sum over groups of `lanes` neighbouring lanes, the same in all of them.

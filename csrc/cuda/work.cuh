@@ -125,7 +125,7 @@ __device__ __forceinline__ int64_t row_at(const RoutingView& routing, const Divi
 
 // Part of an adapter's rows. Adapter `adapters` stands for the rows without one.
 struct Segment {
-  int64_t adapter;
+  int adapter;
   int64_t begin, end;  // positions of all rows of the adapter
   int64_t part;        // which part of them; it may be one that is not there
 };
@@ -174,10 +174,11 @@ struct Parts {
     const int64_t begin = first_position(routing, low), end = first_position(routing, low + 1);
     require(begin >= 0 && begin <= end && end <= routing.samples * routing.rows_per_sample);
     const int64_t index = block - first_block(low);
-    if (!by_row) return {low, begin, end, index};
+    const int adapter = static_cast<int>(low);
+    if (!by_row) return {adapter, begin, end, index};
     int64_t row;
     const int64_t part = size.divide(index, row);
-    return {low, begin, end, row == 0 ? part : end - begin};
+    return {adapter, begin, end, row == 0 ? part : end - begin};
   }
 };
 
