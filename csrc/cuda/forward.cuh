@@ -14,8 +14,8 @@
 namespace adapter_ext::cuda {
 
 inline constexpr int kChunk = 256;  // columns of x whose products are summed first
-inline constexpr int kDownStages =
-    4;  // of weights under way at a time, where they are all there is
+// Buffers of weights in decode, where weights are nearly all that is read.
+inline constexpr int kDownStages = 4;
 
 struct ForwardParams {
   LinearAdapterForward problem;
