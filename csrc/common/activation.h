@@ -85,8 +85,7 @@ ADAPTER_EXT_HOST_DEVICE V activation_derivative(V h) {
 
 // Calls `function` with the activation as a template argument.
 template <class Function>
-inline __attribute__((always_inline)) void dispatch_activation(Activation activation,
-                                                               Function&& function) {
+ADAPTER_EXT_HOST_DEVICE void dispatch_activation(Activation activation, Function&& function) {
   switch (activation) {
     case Activation::kIdentity: return function.template operator()<Activation::kIdentity>();
     case Activation::kHardtanh: return function.template operator()<Activation::kHardtanh>();
@@ -94,7 +93,7 @@ inline __attribute__((always_inline)) void dispatch_activation(Activation activa
     case Activation::kSelu: return function.template operator()<Activation::kSelu>();
     case Activation::kSwish: return function.template operator()<Activation::kSwish>();
     case Activation::kGelu: return function.template operator()<Activation::kGelu>();
-    case Activation::kGeluTanh: return function.template operator()<Activation::kGeluTanh>();
+    default: return function.template operator()<Activation::kGeluTanh>();
   }
 }
 

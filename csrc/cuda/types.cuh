@@ -199,23 +199,12 @@ struct ScalarMath {
 };
 
 // A kernel for each activation would be seven times the code; here it is a branch that all threads
-// take alike, at rows x bottleneck elements. Calls function<activation>().
-template <class Function>
-__device__ __forceinline__ void with_activation(Activation activation, Function&& function) {
-  switch (activation) {
-    case Activation::kIdentity: return function.template operator()<Activation::kIdentity>();
-    case Activation::kHardtanh: return function.template operator()<Activation::kHardtanh>();
-    case Activation::kRelu: return function.template operator()<Activation::kRelu>();
-    case Activation::kSelu: return function.template operator()<Activation::kSelu>();
-    case Activation::kSwish: return function.template operator()<Activation::kSwish>();
-    case Activation::kGelu: return function.template operator()<Activation::kGelu>();
-    default: return function.template operator()<Activation::kGeluTanh>();
-  }
-}
+// take alike, at rows x bottleneck elements.
+
 // Elements of h to their activations, in place.
 template <class C, int n>
 __device__ __forceinline__ void activate_all(Activation activation, C (&h)[n]) {
-  with_activation(activation, [&]<Activation kind>() {
+  dispatch_activation(activation, [&]<Activation kind>() {
 #pragma unroll
     for (int e = 0; e < n; ++e) h[e] = activate<kind, ScalarMath<C>>(h[e]);
   });
@@ -223,7 +212,7 @@ __device__ __forceinline__ void activate_all(Activation activation, C (&h)[n]) {
 // The derivatives at elements of h.
 template <class C, int n>
 __device__ __forceinline__ void derivatives(Activation activation, const C (&h)[n], C (&to)[n]) {
-  with_activation(activation, [&]<Activation kind>() {
+  dispatch_activation(activation, [&]<Activation kind>() {
 #pragma unroll
     for (int e = 0; e < n; ++e) to[e] = activation_derivative<kind, ScalarMath<C>>(h[e]);
   });
