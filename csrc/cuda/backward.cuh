@@ -405,7 +405,7 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
     const auto run = [&](auto&& bring_step, auto&& make_operands) {
       bring_step(0);
       copy_async_commit();
-      bring_step(1);
+      if (steps > 1) bring_step(1);
       copy_async_commit();
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -450,7 +450,6 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
       if (wants_out(b)) up.start(0, params.column_blocks);
       run(
           [&](int step) {
-            if (step >= steps) return;
             Weights(tile.up(), step * kStep<P>, block * kBlock)
                 .fill(up_at(step), kBlockPitch<P>, tile.rounding);
             bring<Part>(part_at(step), part_pitch, grad_y, tile.row(), count, step * kStep<P>,

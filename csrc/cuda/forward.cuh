@@ -158,14 +158,12 @@ class ForwardTile : public RowTile<X, P, S> {
       const char* from = static_cast<const char*>(which == 0 ? view.norm_weight : view.norm_bias) +
                          first_column * size;
       char* to = shared_at<char>(layout.norm) + which * layout.norm_columns * size;
-      if (is_aligned(from)) {
-        for (int at = thread_index() * 16; at < bytes; at += S::kThreads * 16) {
-          copy_async(to + at, from + at, bytes - at < 16 ? bytes - at : 16);
-        }
-      } else {
-        for (int at = thread_index() * 2; at < bytes; at += S::kThreads * 2) {
-          *reinterpret_cast<uint16_t*>(to + at) = *reinterpret_cast<const uint16_t*>(from + at);
-        }
+      const int vectors = is_aligned(from) ? bytes / 16 : 0;  // the rest goes by pairs of bytes
+      for (int i = thread_index(); i < vectors; i += S::kThreads) {
+        copy_async(to + 16 * i, from + 16 * i, 16);
+      }
+      for (int at = 16 * vectors + 2 * thread_index(); at < bytes; at += 2 * S::kThreads) {
+        *reinterpret_cast<uint16_t*>(to + at) = *reinterpret_cast<const uint16_t*>(from + at);
       }
     }
   }
