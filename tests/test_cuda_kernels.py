@@ -260,6 +260,16 @@ def test_a_row_has_the_same_bits_on_any_number_of_multiprocessors(
                 assert torch.equal(outputs[0][: len(other)], other), (dtype, norm_position)
 
 
+def test_too_wide(request: pytest.FixtureRequest) -> None:
+    """Kernels count columns in 32 bits."""
+    _simulator(request, 4)
+    x = torch.zeros(1, 2**24, dtype=torch.bfloat16)
+    weights = op_testing.make_weights([1], 2**24, dtype=torch.bfloat16)
+    arguments = ops.raw_forward_arguments(x, weights, None)
+    with pytest.raises(RuntimeError, match=r"linear_adapter: x: expected D .* got 16777216 and 1"):
+        plugin.simulated_ops()["_inference"](*arguments)
+
+
 @every_norm_position
 def test_tf32(norm_position: str, request: pytest.FixtureRequest, matmul_settings: Any) -> None:
     """Products of float32 by tensor cores, where torch allows it."""

@@ -51,8 +51,8 @@ struct BackwardParams {
   void* vectors;           // [adapters, 2, hidden_stride]: c1, c0
   void* partials;          // [2 (rows / range + 1), column blocks, partial_size]
   ColumnLayout layout;
-  // First kernel, in bytes: dy as it is and up [kStep, 64], of this many steps; du, [rows, kStep];
-  // the product's sums, in their place.
+  // First kernel, in bytes: up [kStep, 64] and dy as it is, of kStages steps (see kPartStages); du,
+  // [rows, kStep]; the product's sums, in their place.
   static constexpr int kStages = 3;
   int gradient_part[kStages], up[kStages], gradient[2], hidden_sums;
   bool whole;  // rows are whole blocks of columns, and begin at multiples of 16 bytes

@@ -796,7 +796,7 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
   for (int block = 0; block * kBlock < tile.view.bottleneck; ++block) {
     const auto keep = [&](int64_t chunk, auto& sums) {
       C* to = static_cast<C*>(params.partials) + (chunk * tile.f.rows + first) * stride;
-      sums.for_each_pair([&](int i, int column, C first_sum, C second_sum, int) {
+      sums.for_each_pair([&](int i, int column, C first_sum, C second_sum) {
         const int j = block * kBlock + column;
         if (i < count && j < stride)
           store_pair<Space::kGlobal>(to + i * stride + j, first_sum, second_sum);

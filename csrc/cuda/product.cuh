@@ -249,8 +249,7 @@ struct Product {
     for (int e = 0; e < 4; ++e) to[e] = __float_as_uint(round_tf32(__uint_as_float(to[e])));
   }
 
-  // Calls function(row, column, two sums in neighbouring columns, which pair of the lane's: 0 and 1
-  // are those of the first tile of 8 columns, in rows g and g + 8). It may change the sums.
+  // Calls function(row, column, two sums in neighbouring columns).
   template <class Function>
   __device__ __forceinline__ void for_each_pair(Function&& function) {
     const Warp warp;
@@ -259,7 +258,7 @@ struct Product {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         function(warp.first_row + warp.g + 8 * half, warp.first_column + 8 * i + 2 * warp.t,
-                 sum[i][2 * half], sum[i][2 * half + 1], 2 * i + half);
+                 sum[i][2 * half], sum[i][2 * half + 1]);
       }
     }
   }
@@ -283,7 +282,7 @@ struct Product {
   // Writes the sums to a tile.
   template <Space space>
   __device__ __forceinline__ void store(C* tile, int pitch) {
-    for_each_pair([&](int row, int column, C first, C second, int) {
+    for_each_pair([&](int row, int column, C first, C second) {
       store_pair<space>(tile + row * pitch + column, first, second);
     });
   }
