@@ -24,6 +24,7 @@ struct SharedLayout {
   int x_pitch;
   int x_stage[2];  // [rows, kStagePitch]: some of the others, on their way before they are used
   bool x_staged;
+  bool by_parts;        // there are buffers for PartProducts
   int norm_columns;     // 0: there is no room
   int activated_pitch;  // in elements
   int bytes;
@@ -60,6 +61,10 @@ template <class P>
 inline constexpr int kWeightBytes =
     kBlock * kStepPitch<P> * static_cast<int>(sizeof(typename P::Operand));
 
+// Buffers for weights that large tiles of 16-bit elements have (PartProducts), which are as large
+// as those for left operands, and have room for these and for sums.
+inline constexpr int64_t kPartTiles = 8;
+
 // Buffers of both products, within the limit; `stages` of them for weights.
 template <class X, class P, class S>
 SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit, int64_t stages = 2) {
@@ -75,11 +80,12 @@ SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit, int64_t
   const int64_t padded = round_up(std::max<int64_t>(p.hidden_stride, 1), kBlock);
   const int64_t pitch = padded + 16 / static_cast<int64_t>(sizeof(T));
   // The first product is over when the second begins, which then has its memory.
-  const SharedRoom before = room;
-  for (int& left : layout.left) left = room.take<T>(rows * kStepPitch<P>);
-  SharedRoom shared(before.bytes());
-  layout.sums = shared.take<C>(sums);
-  SharedRoom resident(std::max(room.bytes(), shared.bytes()));
+  SharedRoom lefts(stages == kPartTiles ? layout.weights[0] + 2 * kWeightBytes<P> : room.bytes());
+  SharedRoom results = lefts;
+  for (int& left : layout.left) left = lefts.take<T>(rows * kStepPitch<P>);
+  layout.sums = results.take<C>(sums);
+  room = SharedRoom(std::max(room.bytes(), lefts.bytes()));
+  SharedRoom resident(std::max(room.bytes(), results.bytes()));
   layout.activated = resident.take<T>(rows * pitch);
   layout.activated_resident = resident.bytes() <= limit;
   if (layout.activated_resident) {
@@ -98,18 +104,15 @@ template <class X, int columns>
 inline constexpr int kPartPitch =
     columns + (columns == kBlock && sizeof(X) == 4 ? 8 : 16 / static_cast<int>(sizeof(X)));
 
-// Elements from a row to the next of a stage of x: of the columns of a step of the first product,
-// or of two blocks, where the second product makes as many at a time (see
-// ForwardTile::finish_direct).
+// Elements from a row to the next of a stage of x.
 template <class X, class P>
-inline constexpr int kStagePitch =
-    std::is_same_v<P, TensorCore<X>> ? kPartPitch<X, kBlock> + kBlock : kPartPitch<X, kStep<P>>;
+inline constexpr int kStagePitch = kPartPitch<X, kStep<P>>;
 
-// Adds stages for the columns of x that are not resident.
+// Adds stages for the columns of x that are not resident, of some steps of the product each.
 template <class X, class P>
-void take_stages(SharedLayout& layout, int64_t rows) {
+void take_stages(SharedLayout& layout, int64_t rows, int64_t steps) {
   SharedRoom room(layout.bytes);
-  for (int& stage : layout.x_stage) stage = room.take<X>(rows * kStagePitch<X, P>);
+  for (int& stage : layout.x_stage) stage = room.take<X>(steps * rows * kStagePitch<X, P>);
   layout.x_staged = true;
   layout.bytes = static_cast<int>(room.bytes());
 }
