@@ -154,6 +154,15 @@ __device__ __forceinline__ uint32_t round_pair(float first, float second, __half
   asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(second), "f"(first));
   return bits;
 }
+// Two 16-bit numbers as floats, the lower first.
+__device__ __forceinline__ void unpack_pair(float (&to)[2], uint32_t bits, __nv_bfloat16) {
+  to[0] = __uint_as_float(bits << 16);
+  to[1] = __uint_as_float(bits & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack_pair(float (&to)[2], uint32_t bits, __half) {
+  to[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  to[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> 16)));
+}
 // The bits of a float rounded to TF32.
 __device__ __forceinline__ float round_tf32(float value) {
   uint32_t bits;

@@ -20,15 +20,6 @@ template <class X, class P, class S>
 inline constexpr bool kByParts = std::is_same_v<P, TensorCore<X>> && S::kRows == kBlock &&
                                  S::kWarps == S::kRows / 16 * ColumnOrder::kParts;
 
-// Two neighbouring elements of a 16-bit type as floats.
-template <class X>
-__device__ __forceinline__ void unpack_pair(float (&to)[2], uint32_t bits) {
-  X pair[2];
-  memcpy(pair, &bits, 4);
-  to[0] = static_cast<float>(pair[0]);
-  to[1] = static_cast<float>(pair[1]);
-}
-
 template <class X, class P, class S>
 class PartProducts {
   using Tile = ForwardTile<X, P, S>;
@@ -41,7 +32,7 @@ class PartProducts {
   __device__ __forceinline__ explicit PartProducts(const Tile& tile)
       : tile_(tile), order_(tile.params.order), rounds_(rounds_of(tile.params.order)) {}
 
-  // Starts bringing what the first round of the first product reads.
+  // Starts bringing what the first round of the first product reads, for a block of the bottleneck.
   __device__ __forceinline__ void start_down(int block) const { bring_down(block, 0); }
 
   // The first product for one block of the bottleneck, whose first round was started, and what
@@ -84,7 +75,7 @@ class PartProducts {
             for (int half = 0; half < 2; ++half) {
               uint32_t& pair = operands[2 * eight + half];
               float values[2];
-              unpack_pair<X>(values, pair);
+              unpack<X>(values[0], values[1], pair);
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
                 values[e] = (values[e] - row_mean[half]) * row_rstd[half] * weight[e] + bias[e];
@@ -237,56 +228,65 @@ class PartProducts {
     load_pair(bias, from + tile_.layout.norm_columns);
   }
 
-  // Starts copies of a round to its buffers; each thread has a vector of each part.
+  // Starts copies of a round to its buffers. The warps of a part bring what it needs, 16 rows of a
+  // block at a time.
   __device__ __forceinline__ void bring_down(int block, int round) const {
     const Vector own;
-    const AdapterView& view = tile_.view;
-    const int row = block * kBlock + own.row;
-    const bool there = row < view.bottleneck;
-    const X* const from =
-        static_cast<const X*>(view.down) + (there ? row * view.down_stride : 0) + own.column;
+    const int column = order_.first_column[own.part + 1] - (round + 1) * kBlock;
+    if (column >= order_.first_column[own.part]) {
+      const AdapterView& view = tile_.view;
+      const int rows = static_cast<int>(view.bottleneck) - block * kBlock;
+      const X* const from = static_cast<const X*>(view.down) + column + own.column +
+                            (block * kBlock + own.row) * view.down_stride;
+      T* const to = weights(round, own.part) + own.row * kPitch + own.column;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int column = order_.first_column[part + 1] - (round + 1) * kBlock;
-      if (column < order_.first_column[part]) continue;
-      copy_async(weights(round, part) + own.at, from + column, there ? 16 : 0);
-      bring_x(own, round, part, column);
+      for (int i = 0; i < kBlock; i += kRowsAtATime) {
+        const bool there = own.row + i < rows;
+        copy_async(to + i * kPitch, there ? from + i * view.down_stride : view.down,
+                   there ? 16 : 0);
+      }
+      bring_x(own, round, column);
     }
     copy_async_commit();
   }
   __device__ __forceinline__ void bring_up(int round) const {
     const Vector own;
-    const AdapterView& view = tile_.view;
-    const int left = static_cast<int>(view.bottleneck) - own.column;
-    const int bytes = left <= 0 ? 0 : min(left, kVector<X>) * static_cast<int>(sizeof(X));
-    // Where a lane's columns are neighbours: of 32 columns, 8 u + 2 i + e is in tile i, 2 u + e.
-    const int of_half = own.row % 32;
-    const int to =
-        (own.row - of_half + of_half / 2 % 4 * 8 + of_half / 8 * 2 + of_half % 2) * kPitch +
-        own.column;
-    const X* const from = static_cast<const X*>(view.up) + (bytes ? own.column : 0);
+    const int column = order_.first_column[own.part] + round * kBlock;
+    if (column < order_.first_column[own.part + 1]) {
+      const AdapterView& view = tile_.view;
+      const int left = static_cast<int>(view.bottleneck) - own.column;
+      const int bytes = left <= 0 ? 0 : min(left, kVector<X>) * static_cast<int>(sizeof(X));
+      const X* const from = static_cast<const X*>(view.up) + (bytes ? own.column : 0) +
+                            (column + own.row) * view.up_stride;
+      // Rows are stored so that a lane's columns are neighbours: of 32 of them, 8 u + 2 i + e is in
+      // tile i, 2 u + e.
+      T* const to = weights(round, own.part) + own.column +
+                    (own.row / 8 * 2 + own.row % 8 / 2 * 8 + own.row % 2) * kPitch;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int column = order_.first_column[part] + round * kBlock;
-      if (column >= order_.first_column[part + 1]) continue;
-      copy_async(weights(round, part) + to, from + (column + own.row) * view.up_stride, bytes);
-      if (tile_.f.residual) bring_x(own, round, part, column);
+      for (int i = 0; i < kBlock; i += kRowsAtATime) {
+        copy_async(to + (i / 32 * 32 + i % 32 / 8 * 2) * kPitch, from + i * view.up_stride, bytes);
+      }
+      if (tile_.f.residual) bring_x(own, round, column);
     }
     copy_async_commit();
   }
-  struct Vector {  // this thread's, of a block [64, 64]
-    int thread = thread_index();
-    int row = thread / (kBlock / kVector<X>);
-    int column = thread % (kBlock / kVector<X>)*kVector<X>;
-    int at = row * kPitch + column;
+  static constexpr int kRowsAtATime =
+      16;          // rows of a block that the warps of a part bring at a time
+  struct Vector {  // of a block [64, 64], this thread's first
+    int thread = thread_index(), part = thread / (32 * kDown), index = thread % (32 * kDown);
+    int row = index / (kBlock / kVector<X>);
+    int column = index % (kBlock / kVector<X>)*kVector<X>;
+    static_assert(32 * kDown == kRowsAtATime * kBlock / kVector<X>);
   };
-  __device__ __forceinline__ void bring_x(const Vector& own, int round, int part,
-                                          int column) const {
-    if (column >= tile_.resident_from() || own.row >= tile_.count) return;
-    copy_async(
-        stage(round, part) + own.at,
-        static_cast<const X*>(tile_.f.x) + tile_.row()[own.row] * tile_.width + column + own.column,
-        16);
+  __device__ __forceinline__ void bring_x(const Vector& own, int round, int column) const {
+    if (column >= tile_.resident_from()) return;
+    X* const to = stage(round, own.part) + own.row * kPitch + own.column;
+    const X* const x = static_cast<const X*>(tile_.f.x) + column + own.column;
+#pragma unroll
+    for (int i = 0; i < kBlock; i += kRowsAtATime) {
+      if (own.row + i >= tile_.count) break;
+      copy_async(to + i * kPitch, x + tile_.row()[own.row + i] * tile_.width, 16);
+    }
   }
 
   // Adds the parts, and keeps h.

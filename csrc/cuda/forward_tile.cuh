@@ -68,11 +68,12 @@ struct Moments {
   // Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
   // variances" (1979).
   __device__ __forceinline__ void add(const Moments& other) {
-    if (other.count == C(0)) return;
+    // Without a branch, so that several of them overlap.
+    const bool any = other.count > C(0);
     const C total = count + other.count, delta = other.mean - mean;
-    const C share = quotient(other.count, total);
-    mean += delta * share;
-    squares += other.squares + delta * delta * (count * share);
+    const C share = quotient(other.count, any ? total : C(1));
+    mean += any ? delta * share : C(0);
+    squares += any ? other.squares + delta * delta * (count * share) : C(0);
     count = total;
   }
   // Adds n values, of which some are there.
@@ -107,16 +108,21 @@ struct Moments {
     mean += delta * share;
     squares += sum_of_squares + delta * delta * (n * steps * share);
   }
-  // Adds those of the lanes of a warp, the same in all of them.
-  __device__ __forceinline__ void add_lanes() {
+};
+
+// Adds to each of some moments those of the other lanes of a warp: the same in all of them.
+template <int n, class C>
+__device__ __forceinline__ void add_lanes(Moments<C> (&moments)[n]) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      add({__shfl_xor_sync(0xffffffffu, mean, distance),
-           __shfl_xor_sync(0xffffffffu, squares, distance),
-           __shfl_xor_sync(0xffffffffu, count, distance)});
+  for (int distance = 16; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      moments[i].add({__shfl_xor_sync(0xffffffffu, moments[i].mean, distance),
+                      __shfl_xor_sync(0xffffffffu, moments[i].squares, distance),
+                      __shfl_xor_sync(0xffffffffu, moments[i].count, distance)});
     }
   }
-};
+}
 
 // Whether columns of x that are not resident are brought in stages, by the threads that use them.
 template <class X, class P>
@@ -239,46 +245,56 @@ class ForwardTile : public RowTile<X, P, S> {
     const int columns = static_cast<int>(width);
     const bool whole = whole_rows || columns % n == 0;
     for (int begin = warp * some; begin < count; begin += S::kWarps * some) {
+      const auto row_of = [&](int k) { return min(begin + k, count - 1); };
       Moments<C> moments[some] = {};
-      C shift[some] = {};
+      C shift[some];
 #pragma unroll
       for (int k = 0; k < some; ++k) {
-        if (begin + k >= count) continue;
         const X* from = resident_from() == 0
-                            ? shared_at<X>(layout.x) + (begin + k) * layout.x_pitch
-                            : static_cast<const X*>(f.x) + row()[begin + k] * width;
+                            ? shared_at<X>(layout.x) + row_of(k) * layout.x_pitch
+                            : static_cast<const X*>(f.x) + row()[row_of(k)] * width;
         shift[k] = static_cast<C>(*from);
       }
       C steps = 0;
-      for (int c = lane * n; c < columns; c += 32 * n, steps += 1) {
-        const bool resident = c >= resident_from();
-        const C share = quotient(C(1), steps + C(1));
-        C values[some][n];
+      int c = lane * n;
+      const auto take = [&]<bool resident>(int end) {
+        const X* from[some];
 #pragma unroll
         for (int k = 0; k < some; ++k) {
-          if (begin + k < count) {
-            load_x<whole_rows>(values[k], begin + k, c, resident);
-          } else {
+          from[k] = resident ? shared_at<X>(layout.x) + row_of(k) * layout.x_pitch - resident_from()
+                             : static_cast<const X*>(f.x) + row()[row_of(k)] * width;
+        }
+#pragma unroll 1
+        for (; c < end; c += 32 * n, steps += 1) {
+          const C share = quotient(C(1), steps + C(1));
+          C values[some][n];
 #pragma unroll
-            for (int e = 0; e < n; ++e) values[k][e] = C(0);
+          for (int k = 0; k < some; ++k) {
+            load(values[k], from[k] + c, whole_rows ? n : columns - c, whole_rows || x_aligned);
+          }
+#pragma unroll
+          for (int k = 0; k < some; ++k) {
+#pragma unroll
+            for (int e = 0; e < n; ++e) values[k][e] -= shift[k];
+            if (whole) {
+              moments[k].add_whole(values[k], share, steps);
+            } else {
+              moments[k].add(values[k], columns - c);
+            }
           }
         }
-#pragma unroll
-        for (int k = 0; k < some; ++k) {
-#pragma unroll
-          for (int e = 0; e < n; ++e) values[k][e] -= shift[k];
-          if (whole) {
-            moments[k].add_whole(values[k], share, steps);
-          } else {
-            moments[k].add(values[k], columns - c);
-          }
-        }
-      }
+      };
+      take.template operator()<false>(resident_from());
+      take.template operator()<true>(columns);
 #pragma unroll
       for (int k = 0; k < some; ++k) {
         if (whole) moments[k].count = steps * n;
-        moments[k].add_lanes();
-        if (begin + k < count && lane == 0) {
+      }
+      add_lanes(moments);
+      if (lane != 0) continue;
+#pragma unroll
+      for (int k = 0; k < some; ++k) {
+        if (begin + k < count) {
           mean()[begin + k] = moments[k].mean + shift[k];
           rstd()[begin + k] = rstd_of(moments[k]);
         }

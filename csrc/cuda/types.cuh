@@ -53,24 +53,40 @@ ADAPTER_EXT_HOST_DEVICE bool is_aligned(const void* pointer, int64_t row_bytes =
   return ((reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(row_bytes)) & 15) == 0;
 }
 
+// Two neighbours of a 16-bit type, from their bits.
+template <class T, class C>
+__device__ __forceinline__ void unpack(C& first, C& second, uint32_t bits) {
+  float pair[2];
+  unpack_pair(pair, bits, T{});
+  first = static_cast<C>(pair[0]);
+  second = static_cast<C>(pair[1]);
+}
+
 // Reads n elements from an address aligned to them (to 16 bytes, if they are more).
 template <class T, int n, class C>
 __device__ __forceinline__ void load_aligned(C (&to)[n], const T* from) {
   constexpr int bytes = n * static_cast<int>(sizeof(T));
   static_assert(bytes % 8 == 0);
-  alignas(16) T parts[n];
+  alignas(16) uint32_t words[bytes / 4];
   if constexpr (bytes % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < bytes / 16; ++i) {
       const uint4 raw = reinterpret_cast<const uint4*>(from)[i];
-      memcpy(parts + i * (n * 16 / bytes), &raw, 16);
+      memcpy(words + 4 * i, &raw, 16);
     }
   } else {
     const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    memcpy(parts, &raw, 8);
+    memcpy(words, &raw, 8);
   }
+  if constexpr (sizeof(T) == 2 && !std::is_same_v<T, C>) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) to[i] = static_cast<C>(parts[i]);
+    for (int i = 0; i < n; i += 2) unpack<T>(to[i], to[i + 1], words[i / 2]);
+  } else {
+    T parts[n];
+    memcpy(parts, words, bytes);
+#pragma unroll
+    for (int i = 0; i < n; ++i) to[i] = static_cast<C>(parts[i]);
+  }
 }
 
 // Reads n elements of which `count` are there; the others become zero. `aligned` says that all rows
@@ -144,11 +160,7 @@ __device__ __forceinline__ void store(T* to, const C (&from)[kVector<T>], int co
 template <class T, class C>
 __device__ __forceinline__ void load_pair(C (&to)[2], const T* from) {
   if constexpr (sizeof(T) == 2) {
-    const uint32_t bits = *reinterpret_cast<const uint32_t*>(from);
-    T pair[2];
-    memcpy(pair, &bits, 4);
-    to[0] = static_cast<C>(pair[0]);
-    to[1] = static_cast<C>(pair[1]);
+    unpack<T>(to[0], to[1], *reinterpret_cast<const uint32_t*>(from));
   } else {
     load_aligned(to, from);
   }

@@ -298,6 +298,13 @@ __forceinline__ uint32_t round_pair(float first, float second, __nv_bfloat16) {
 __forceinline__ uint32_t round_pair(float first, float second, __half) {
   return simt::half_bits(first) | static_cast<uint32_t>(simt::half_bits(second)) << 16;
 }
+template <class T>
+__forceinline__ void unpack_pair(float (&to)[2], uint32_t bits, T) {
+  T pair[2];
+  memcpy(pair, &bits, 4);
+  to[0] = static_cast<float>(pair[0]);
+  to[1] = static_cast<float>(pair[1]);
+}
 __forceinline__ void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4],
                                        const uint32_t (&b)[2]) {
   simt::multiply_add(simt::OperandType::kTf32, sum, a, b);
