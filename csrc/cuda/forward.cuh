@@ -66,7 +66,24 @@ __global__ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void 
   tile.bring_x();
   if (tile.pre) tile.bring_norm(0, tile.width);
   copy_async_commit();
-  const auto rest = [&]<bool whole>() {
+  copy_async_wait<0>();
+  __syncthreads();
+  const auto run = [&]<bool whole>() {
+    if (tile.pre) tile.template normalize<whole>();
+    for (int block = 0; block * kBlock < tile.view.bottleneck; ++block) {
+      typename Tile::Sums hidden, part;
+      hidden.clear();
+      part.clear();
+      tile.template down<whole, 2>(
+          block, 0, params.order.chunks, [] {},
+          [&](int chunk, const auto& sums) {
+            part.add(sums);
+            if (!params.order.begins_part(chunk)) return;
+            hidden.add(part);
+            part.clear();
+          });
+      tile.keep_hidden(block, hidden);
+    }
     tile.clear_hidden();
     auto up = tile.up_product();
     if (!tile.pre) {
@@ -85,47 +102,39 @@ __global__ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void 
     tile.keep_statistics();
     tile.template finish<whole>(up, 0, tile.column_blocks);
   };
-  const auto run = [&]<bool whole>() {
-    copy_async_wait<0>();
-    __syncthreads();
-    if (tile.pre) tile.template normalize<whole>();
-    for (int block = 0; block * kBlock < tile.view.bottleneck; ++block) {
-      typename Tile::Sums hidden, part;
-      hidden.clear();
-      part.clear();
-      tile.template down<whole, 2>(
-          block, 0, params.order.chunks, [] {},
-          [&](int chunk, const auto& sums) {
-            part.add(sums);
-            if (!params.order.begins_part(chunk)) return;
-            hidden.add(part);
-            part.clear();
-          });
-      tile.keep_hidden(block, hidden);
-    }
-    rest.template operator()<whole>();
-  };
-  if (!tile.whole(params.problem.x, params.problem.y)) return run.template operator()<false>();
-  if constexpr (kByParts<X, P, S>) {
-    if (params.layout.by_parts) {
-      const PartProducts<X, P, S> products(tile);
-      products.start_down(0);
-      copy_async_wait<1>();
-      __syncthreads();
-      if (tile.pre) tile.template normalize<true>();
-      __syncthreads();
-      products.down(0);
-      for (int block = 1; block * kBlock < tile.view.bottleneck; ++block) {
-        products.start_down(block);
-        products.down(block);
-      }
-      if (!products.finishes()) return rest.template operator()<true>();
-      tile.clear_hidden();
-      tile.keep_statistics();
-      return products.finish();
-    }
+  if (tile.whole(params.problem.x, params.problem.y)) {
+    run.template operator()<true>();
+  } else {
+    run.template operator()<false>();
   }
-  run.template operator()<true>();
+}
+
+// The same by parts of the columns.
+template <class X, class P, class S>
+__global__
+__launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void forward_parts_kernel(
+    const __grid_constant__ ForwardParams params) {
+  using Tile = ForwardTile<X, P, S>;
+  const Depth depth{params.problem, params.depth, params.sample_rows};
+  Segment segment;
+  int64_t first;
+  int count;
+  if (!forward_work<X, typename P::Sum, S>(params, depth, blockIdx.x, true, segment, first,
+                                           count)) {
+    return;
+  }
+  const Tile tile(params, segment, first, count);
+  tile.find_rows(depth);
+  __syncthreads();
+  tile.bring_x();
+  tile.bring_norm(0, tile.width);
+  copy_async_commit();
+  const PartProducts<X, P, S> products(tile);
+  products.clear_rows();
+  products.down();
+  tile.clear_hidden();
+  tile.keep_statistics();
+  products.finish();
 }
 
 // Where part `index` of some begins, of `count` things. There are fewer than 2^31 of them.
@@ -307,43 +316,54 @@ __global__ __launch_bounds__(kThreads) void aux_kernel(
 
 static_assert(sizeof(ForwardParams) <= 4096);
 
+// Launches forward_parts_kernel, if it can do what is asked for; false where it can not.
 template <class X, class P, class S>
-void forward_whole(const ForwardCall& call, ForwardParams& params) {
-  const LinearAdapterForward& f = call.problem;
-  const int64_t whole = call.limits.shared_memory;
-  SharedLayout& layout = params.layout;
-  const bool pre = f.norm_position == NormPosition::kPre;
+bool forward_parts(const ForwardCall& call, ForwardParams& params) {
   if constexpr (kByParts<X, P, S>) {
-    layout = shared_layout<X, P, S>(f, whole, kPartTiles);
-    if (pre) take_norm<X>(layout, f, f.hidden_size, whole);
-    const SharedLayout products = layout;
-    take_x<X>(layout, S::kRows, f.hidden_size, whole);
+    const LinearAdapterForward& f = call.problem;
+    if (f.norm_position != NormPosition::kPre || f.l2_lambda || !PartProducts<X, P, S>::takes(f)) {
+      return false;
+    }
+    const int64_t limit = call.limits.shared_memory;
+    SharedLayout products = shared_layout<X, P, S>(f, limit, kPartTiles);
+    take_norm<X>(products, f, f.hidden_size, limit);
+    SharedLayout& layout = params.layout;
+    layout = products;
+    take_x<X>(layout, S::kRows, f.hidden_size, limit);
     if (layout.x_columns < f.hidden_size) {
       layout = products;
       take_stages<X, P>(layout, S::kRows, ColumnOrder::kParts);
-      take_x<X>(layout, S::kRows, f.hidden_size, whole);
-    }
-    layout.by_parts =
-        layout.activated_resident && (!pre || layout.norm_columns) && layout.bytes <= whole;
-  }
-  if (!layout.by_parts) {
-    // Two blocks of a multiprocessor, so that one computes while the other waits. Large tiles that
-    // do not fit then have one to themselves, with more of x, which otherwise is read again from
-    // memory.
-    const int64_t reserved = 1024;  // by CUDA, for each block
-    const int64_t half = (whole - reserved) / 2;
-    layout = shared_layout<X, P, S>(f, half);
-    const bool fits = layout.activated_resident;
-    if (!fits) layout = shared_layout<X, P, S>(f, whole);
-    const int64_t limit = fits && S::kRows < LargeTile::kRows ? half : whole;
-    if (pre) take_norm<X>(layout, f, f.hidden_size, half);
-    const SharedLayout products = layout;
-    if (fits) take_x<X>(layout, S::kRows, f.hidden_size, half);
-    if (!fits || layout.x_columns < f.hidden_size) {
-      layout = products;
-      if (kStages<X, P> && fits) take_stages<X, P>(layout, S::kRows, 1);
       take_x<X>(layout, S::kRows, f.hidden_size, limit);
     }
+    if (!layout.norm_columns || layout.bytes > limit) return false;
+    params.parts = Parts::make(f, S::kRows, false);
+    launch("linear_adapter", &forward_parts_kernel<X, P, S>, params.parts.blocks, S::kThreads,
+           layout.bytes, call.stream, params);
+    return true;
+  }
+  return false;
+}
+
+template <class X, class P, class S>
+void forward_whole(const ForwardCall& call, ForwardParams& params) {
+  const LinearAdapterForward& f = call.problem;
+  if (forward_parts<X, P, S>(call, params)) return;
+  // Two blocks of a multiprocessor, so that one computes while the other waits. Large tiles that do
+  // not fit then have one to themselves, with more of x, which otherwise is read again from memory.
+  const int64_t reserved = 1024;  // by CUDA, for each block
+  const int64_t whole = call.limits.shared_memory, half = (whole - reserved) / 2;
+  SharedLayout& layout = params.layout;
+  layout = shared_layout<X, P, S>(f, half);
+  const bool fits = layout.activated_resident;
+  if (!fits) layout = shared_layout<X, P, S>(f, whole);
+  const int64_t limit = fits && S::kRows < LargeTile::kRows ? half : whole;
+  if (f.norm_position == NormPosition::kPre) take_norm<X>(layout, f, f.hidden_size, half);
+  const SharedLayout products = layout;
+  if (fits) take_x<X>(layout, S::kRows, f.hidden_size, half);
+  if (!fits || layout.x_columns < f.hidden_size) {
+    layout = products;
+    if (kStages<X, P> && fits) take_stages<X, P>(layout, S::kRows, 1);
+    take_x<X>(layout, S::kRows, f.hidden_size, limit);
   }
   params.parts = Parts::make(f, S::kRows, false);
   launch("linear_adapter", &forward_kernel<X, P, S>, params.parts.blocks, S::kThreads, layout.bytes,

@@ -32,67 +32,133 @@ class PartProducts {
   __device__ __forceinline__ explicit PartProducts(const Tile& tile)
       : tile_(tile), order_(tile.params.order), rounds_(rounds_of(tile.params.order)) {}
 
-  // Starts bringing what the first round of the first product reads, for a block of the bottleneck.
-  __device__ __forceinline__ void start_down(int block) const { bring_down(block, 0); }
+  // Rows that are not there are read too: as zeros.
+  __device__ __forceinline__ void clear_rows() const {
+    const SharedLayout& layout = tile_.layout;
+    const X zeros[kVector<X>] = {};
+    for (int i = tile_.count + static_cast<int>(threadIdx.x) / 32; i < S::kRows; i += S::kWarps) {
+      X* const row = shared_at<X>(layout.x) + i * layout.x_pitch;
+      for (int c = static_cast<int>(threadIdx.x) % 32 * kVector<X>; c < layout.x_columns;
+           c += 32 * kVector<X>) {
+        store_aligned<Space::kShared>(row + c, zeros);
+      }
+    }
+  }
 
-  // The first product for one block of the bottleneck, whose first round was started, and what
-  // keep_hidden does with it.
-  __device__ __forceinline__ void down(int block) const {
+  // Whether rows and the weights of all adapters have nothing but whole vectors of 16 bytes.
+  static bool takes(const LinearAdapterForward& f) {
+    constexpr int64_t size = sizeof(X);
+    if (f.weight_type != f.data_type || f.hidden_size % kBlock || !is_aligned(f.x) ||
+        !is_aligned(f.y)) {
+      return false;
+    }
+    const auto takes_one = [](const AdapterView& view) {
+      return view.bottleneck <= kBlock && view.bottleneck % kVector<X> == 0 &&
+             is_aligned(view.norm_weight) && is_aligned(view.norm_bias) &&
+             is_aligned(view.down, view.down_stride * size) &&
+             is_aligned(view.up, view.up_stride * size);
+    };
+    const AdapterTable& table = f.adapters;
+    if (!table.list) {
+      return takes_one(table.first) &&
+             is_aligned(nullptr, table.norm_weight_step | table.norm_bias_step | table.down_step |
+                                     table.up_step);
+    }
+    for (int64_t a = 0; a < f.routing.adapters; ++a) {
+      if (!takes_one(table.list[a])) return false;
+    }
+    return true;
+  }
+
+  // The row statistics, the first product, and what keep_hidden does with it.
+  __device__ __forceinline__ void down() const {
     const Warp warp;
     const int lane = warp.lane, t = lane % 4, part = warp.index / kDown;
-    const int first_row = warp.index % kDown * 16, last_row = tile_.count - 1;
-    const int left = static_cast<int>(tile_.view.bottleneck) - block * kBlock;
+    const int first_row = warp.index % kDown * 16;
+    const int bottleneck = static_cast<int>(tile_.view.bottleneck);
     const int begin = order_.first_column[part], end = order_.first_column[part + 1];
+    const Vector own(warp);
+    const X* weights_from = static_cast<const X*>(tile_.view.down) + end + own.column +
+                            own.row * tile_.view.down_stride;
+    const auto bring = [&](int round) {
+      const int column = end - (round + 1) * kBlock;
+      weights_from -= kBlock;
+      if (column >= begin) {
+        const int64_t stride = tile_.view.down_stride;  // from shared memory: sums need registers
+        T* const to = weights(round, part) + own.at;
+#pragma unroll
+        for (int i = 0; i < kBlock; i += kBroughtRows) {
+          const bool there = own.row + i < bottleneck;
+          copy_async(to + i * kPitch, there ? weights_from + i * stride : tile_.view.down,
+                     there ? 16 : 0);
+        }
+        bring_x(own, round, part, column);
+      }
+      copy_async_commit();
+    };
+    bring(0);
+    copy_async_wait<1>();  // rows of x
+    __syncthreads();
+    tile_.template normalize<true>();
+    __syncthreads();
     float row_mean[2], row_rstd[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // rows that are not there repeat the last one
-      const int row = min(first_row + 8 * half + lane / 4, last_row);
-      row_mean[half] = tile_.pre ? tile_.mean()[row] : 0.0f;
-      row_rstd[half] = tile_.pre ? tile_.rstd()[row] : 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + 8 * half + lane / 4;
+      const bool there = row < tile_.count;
+      row_mean[half] = there ? tile_.mean()[row] : 0.0f;
+      row_rstd[half] = there ? tile_.rstd()[row] : 0.0f;
     }
-    const int x_row = min(first_row + lane % 16, last_row);
     const int right_at = (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
     int chunk_begin = (order_.first_chunk[part + 1] - 1) * order_.chunk;
     float sums[8][4] = {}, total[8][4] = {};
-    for (int round = 0; round < rounds_; ++round) {
-      copy_async_wait<0>();
-      __syncthreads();
-      if (round + 1 < rounds_) bring_down(block, round + 1);
-      const int column = end - (round + 1) * kBlock;
-      if (column < begin) continue;
-      const X* const from = x_at(round, part, x_row, column) + lane / 16 * 8;
-      const T* const right_from = weights(round, part) + right_at;
+    const auto multiply = [&]<bool whole>(const X* from, const T* right_from, const X* norm) {
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
+      for (int k = 0; k < kBlock; k += 16) {
         uint32_t operands[4];
-        load_matrices<false>(operands, from + 16 * k);
-        if (tile_.pre) {
+        load_matrices<false>(operands, from + k);
 #pragma unroll
-          for (int eight = 0; eight < 2; ++eight) {
-            float weight[2], bias[2];
-            norm_at(weight, bias, column + 16 * k + 8 * eight + 2 * t);
+        for (int eight = 0; eight < 2; ++eight) {
+          float weight[2], bias[2];
+          load_pair(weight, norm + k + 8 * eight);
+          load_pair(bias, norm + tile_.layout.norm_columns + k + 8 * eight);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              uint32_t& pair = operands[2 * eight + half];
-              float values[2];
-              unpack<X>(values[0], values[1], pair);
+          for (int half = 0; half < 2; ++half) {
+            uint32_t& pair = operands[2 * eight + half];
+            float values[2];
+            unpack<X>(values[0], values[1], pair);
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                values[e] = (values[e] - row_mean[half]) * row_rstd[half] * weight[e] + bias[e];
-              }
-              pair = pair_bits<T>(values[0], values[1]);
+            for (int e = 0; e < 2; ++e) {
+              values[e] = (values[e] - row_mean[half]) * row_rstd[half] * weight[e] + bias[e];
             }
+            pair = pair_bits<T>(values[0], values[1]);
           }
         }
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
-          if (8 * i >= left) break;
+          if (!whole && 8 * i >= bottleneck) break;
           uint32_t pair[4];
-          load_matrices<false>(pair, right_from + 8 * i * kPitch + 16 * k);
+          load_matrices<false>(pair, right_from + 8 * i * kPitch + k);
           const uint32_t right[2][2] = {{pair[0], pair[1]}, {pair[2], pair[3]}};
           multiply_add(sums[i], operands, right[0], T{});
           multiply_add(sums[i + 1], operands, right[1], T{});
         }
+      }
+    };
+    for (int round = 0; round < rounds_; ++round) {
+      copy_async_wait<0>();
+      __syncthreads();
+      if (round + 1 < rounds_) bring(round + 1);
+      const int column = end - (round + 1) * kBlock;
+      if (column < begin) continue;
+      const Columns x = x_at(round, part, column);
+      const X* const from = x.data + (first_row + lane % 16) * x.pitch + lane / 16 * 8;
+      const T* const right_from = weights(round, part) + right_at;
+      const X* const norm = shared_at<X>(tile_.layout.norm) + column + 2 * t;
+      if (bottleneck == kBlock) {
+        multiply.template operator()<true>(from, right_from, norm);
+      } else {
+        multiply.template operator()<false>(from, right_from, norm);
       }
       if (column == chunk_begin) {
         chunk_begin -= order_.chunk;
@@ -106,51 +172,100 @@ class PartProducts {
         }
       }
     }
-    keep(block, part, first_row, total);
+    keep(part, first_row, total);
   }
 
-  // Whether finish() makes y.
-  __device__ __forceinline__ bool finishes() const {
-    return tile_.pre && !tile_.params.penalties && tile_.view.bottleneck <= kBlock;
-  }
   // y = x + d, d = scale · mask ⊙ o.
   __device__ __forceinline__ void finish() const {
     const ForwardParams& params = tile_.params;
+    if (tile_.f.residual && params.dropout.threshold == 0 && params.depth.threshold == 0) {
+      finish_as<true>();
+    } else {
+      finish_as<false>();
+    }
+  }
+
+ private:
+  static constexpr int kDown = S::kRows / 16;     // warps of a part
+  static constexpr int kBroughtRows = 4 * kDown;  // of a block, that they bring at a time
+  struct Warp {
+    int thread = thread_index(), index = thread / 32, lane = thread % 32;
+  };
+  struct Vector {  // of a block [64, 64]: the first that this thread brings
+    int row, column, at;
+    __device__ __forceinline__ explicit Vector(const Warp& warp) {
+      static_assert(kBlock / kVector<X> == 8);
+      row = warp.index % kDown * 4 + warp.lane / 8;
+      column = warp.lane % 8 * kVector<X>;
+      at = row * kPitch + column;
+    }
+  };
+  struct Columns {  // of x, from the first row on
+    const X* data;
+    int pitch;
+  };
+
+  // `plain`: d is o, and there is a residual.
+  template <bool plain>
+  __device__ __forceinline__ void finish_as() const {
+    const ForwardParams& params = tile_.params;
     const LinearAdapterForward& f = tile_.f;
-    const Dropout dropout(f, params.dropout);
-    const float scale = static_cast<float>(params.depth.kept_scale);
     const Warp warp;
-    const int lane = warp.lane, g = lane / 4, t = lane % 4, part = warp.index / kDown;
+    const int lane = warp.lane, t = lane % 4, part = warp.index / kDown;
     const int first_row = warp.index % 2 * 32, first_column = warp.index / 2 % 2 * 32;
+    const int own_row = first_row + row_of(lane / 4), own_column = first_column + 8 * t;
     const int begin = order_.first_column[part], end = order_.first_column[part + 1];
     const int depth = step_depth<P>(tile_.view.bottleneck, 0);
-    bring_up(0);
+    const Vector own(warp);
+    const int64_t stride = tile_.view.up_stride;
+    const bool brings = own.column < tile_.view.bottleneck;
+    const X* weights_from =
+        static_cast<const X*>(tile_.view.up) + (begin + own.row) * stride + own.column;
+    // Rows are stored so that a lane's columns are neighbours: of 32 of them, 8 u + 2 i + e is in
+    // tile i, 2 u + e.
+    const int to_at = (own.row / 8 * 2 + own.row % 8 / 2 * 8 + own.row % 2) * kPitch + own.column;
+    const auto bring = [&](int round) {
+      const int column = begin + round * kBlock;
+      if (column < end) {
+        T* const to = weights(round, part) + to_at;
+#pragma unroll
+        for (int i = 0; i < kBlock; i += kBroughtRows) {
+          copy_async(to + (i / 32 * 32 + i % 32 / 8 * 2) * kPitch,
+                     brings ? weights_from + i * stride : tile_.view.up, brings ? 16 : 0);
+        }
+        if (plain || f.residual) bring_x(own, round, part, column);
+      }
+      weights_from += kBlock * stride;
+      copy_async_commit();
+    };
+    bring(0);
     uint32_t left[2][kSteps][4];
     const T* const left_from =
         shared_at<T>(tile_.layout.activated) +
         (first_row + lane / 8 % 2 * 8 + row_of(lane % 8)) * tile_.layout.activated_pitch +
         lane / 16 * 8;
+    X* to[2][2];
+    bool there[2][2];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        if (16 * k >= depth) break;
         load_matrices<false>(left[m][k],
                              left_from + 16 * m * tile_.layout.activated_pitch + 16 * k);
       }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = own_row + 16 * m + 8 * half;
+        there[m][half] = i < tile_.count;
+        to[m][half] = static_cast<X*>(f.y) + tile_.row()[i] * tile_.width + begin + own_column;
+      }
     }
     const int right_at = (first_column + lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
-    for (int round = 0; round < rounds_; ++round) {
-      copy_async_wait<0>();
-      __syncthreads();
-      if (round + 1 < rounds_) bring_up(round + 1);
-      const int column = begin + round * kBlock;
-      if (column >= end) continue;
-      float sums[2][4][4] = {};
-      const T* const right_from = weights(round, part) + right_at;
+    float sums[2][4][4];
+    const auto multiply = [&]<bool whole>(const T* right_from) {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        if (16 * k >= depth) break;
+        if (!whole && 16 * k >= depth) break;
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
           uint32_t pair[4];
@@ -163,40 +278,77 @@ class PartProducts {
           }
         }
       }
-      const int at = first_column + 8 * t;
+    };
+    for (int round = 0; round < rounds_; ++round) {
+      copy_async_wait<0>();
+      __syncthreads();
+      if (round + 1 < rounds_) bring(round + 1);
+      const int column = begin + round * kBlock;
+      if (column >= end) continue;
+      const Columns x = x_at(round, part, column);
+      const X* const from = x.data + own_row * x.pitch + own_column;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[m][i][e] = 0.0f;
+        }
+      }
+      if (depth == kBlock) {
+        multiply.template operator()<true>(weights(round, part) + right_at);
+      } else {
+        multiply.template operator()<false>(weights(round, part) + right_at);
+      }
+      uint4 x_bits[2][2];
+      if constexpr (plain) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            x_bits[m][half] = *reinterpret_cast<const uint4*>(from + (16 * m + 8 * half) * x.pitch);
+          }
+        }
+      }
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int i = first_row + 16 * m + 8 * half + row_of(g);
-          if (i >= tile_.count) continue;
-          const int64_t row = tile_.row()[i];
           float d[8];
 #pragma unroll
           for (int e = 0; e < 8; ++e) d[e] = sums[m][e / 2][2 * half + e % 2];
-          dropout.apply(d, row, column + at);
-          if (params.depth.threshold > 0) {
+          if constexpr (plain) {
+            add_bits(d, x_bits[m][half]);
+          } else if (there[m][half]) {
+            const int i = own_row + 16 * m + 8 * half;
+            Dropout(f, params.dropout).apply(d, tile_.row()[i], column + own_column);
+            const float scale = static_cast<float>(params.depth.kept_scale);
             const bool active = tile_.active()[i];
 #pragma unroll
             for (int e = 0; e < 8; ++e) d[e] = active ? d[e] * scale : 0.0f;
+            if (f.residual) {
+              add_bits(d, *reinterpret_cast<const uint4*>(from + (16 * m + 8 * half) * x.pitch));
+            }
           }
-          if (f.residual) {
-            float from[8];
-            load_aligned(from, x_at(round, part, i, column) + at);
-#pragma unroll
-            for (int e = 0; e < 8; ++e) d[e] += from[e];
+          if (there[m][half]) {
+            store_aligned<Space::kGlobal>(to[m][half] + round * kBlock, d);
           }
-          store_aligned<Space::kGlobal>(static_cast<X*>(f.y) + row * tile_.width + column + at, d);
         }
       }
     }
   }
 
- private:
-  static constexpr int kDown = S::kRows / 16;  // warps beside each other in the first product
-  struct Warp {
-    int thread = thread_index(), index = thread / 32, lane = thread % 32;
-  };
+  // Adds eight elements of x.
+  static __device__ __forceinline__ void add_bits(float (&to)[8], const uint4& bits) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+      float pair[2];
+      unpack<X>(pair[0], pair[1], words[e / 2]);
+      to[e] += pair[0];
+      to[e + 1] += pair[1];
+    }
+  }
 
   static __device__ __forceinline__ int rounds_of(const ColumnOrder& order) {
     int columns = 0;
@@ -216,82 +368,26 @@ class PartProducts {
   __device__ __forceinline__ X* stage(int round, int part) const {
     return shared_at<X>(tile_.layout.x_stage[round & 1] + part * kWeightBytes<P>);
   }
-  // Where a row of x has a block of columns.
-  __device__ __forceinline__ const X* x_at(int round, int part, int row, int column) const {
+  // A block of columns of x.
+  __device__ __forceinline__ Columns x_at(int round, int part, int column) const {
     const int resident = column - tile_.resident_from();
-    return resident >= 0 ? shared_at<X>(tile_.layout.x) + row * tile_.layout.x_pitch + resident
-                         : stage(round, part) + row * kPitch;
+    if (resident < 0) return {stage(round, part), kPitch};
+    return {shared_at<X>(tile_.layout.x) + resident, tile_.layout.x_pitch};
   }
-  __device__ __forceinline__ void norm_at(float (&weight)[2], float (&bias)[2], int column) const {
-    const X* from = shared_at<X>(tile_.layout.norm) + column;
-    load_pair(weight, from);
-    load_pair(bias, from + tile_.layout.norm_columns);
-  }
-
-  // Starts copies of a round to its buffers. The warps of a part bring what it needs, 16 rows of a
-  // block at a time.
-  __device__ __forceinline__ void bring_down(int block, int round) const {
-    const Vector own;
-    const int column = order_.first_column[own.part + 1] - (round + 1) * kBlock;
-    if (column >= order_.first_column[own.part]) {
-      const AdapterView& view = tile_.view;
-      const int rows = static_cast<int>(view.bottleneck) - block * kBlock;
-      const X* const from = static_cast<const X*>(view.down) + column + own.column +
-                            (block * kBlock + own.row) * view.down_stride;
-      T* const to = weights(round, own.part) + own.row * kPitch + own.column;
-#pragma unroll
-      for (int i = 0; i < kBlock; i += kRowsAtATime) {
-        const bool there = own.row + i < rows;
-        copy_async(to + i * kPitch, there ? from + i * view.down_stride : view.down,
-                   there ? 16 : 0);
-      }
-      bring_x(own, round, column);
-    }
-    copy_async_commit();
-  }
-  __device__ __forceinline__ void bring_up(int round) const {
-    const Vector own;
-    const int column = order_.first_column[own.part] + round * kBlock;
-    if (column < order_.first_column[own.part + 1]) {
-      const AdapterView& view = tile_.view;
-      const int left = static_cast<int>(view.bottleneck) - own.column;
-      const int bytes = left <= 0 ? 0 : min(left, kVector<X>) * static_cast<int>(sizeof(X));
-      const X* const from = static_cast<const X*>(view.up) + (bytes ? own.column : 0) +
-                            (column + own.row) * view.up_stride;
-      // Rows are stored so that a lane's columns are neighbours: of 32 of them, 8 u + 2 i + e is in
-      // tile i, 2 u + e.
-      T* const to = weights(round, own.part) + own.column +
-                    (own.row / 8 * 2 + own.row % 8 / 2 * 8 + own.row % 2) * kPitch;
-#pragma unroll
-      for (int i = 0; i < kBlock; i += kRowsAtATime) {
-        copy_async(to + (i / 32 * 32 + i % 32 / 8 * 2) * kPitch, from + i * view.up_stride, bytes);
-      }
-      if (tile_.f.residual) bring_x(own, round, column);
-    }
-    copy_async_commit();
-  }
-  static constexpr int kRowsAtATime =
-      16;          // rows of a block that the warps of a part bring at a time
-  struct Vector {  // of a block [64, 64], this thread's first
-    int thread = thread_index(), part = thread / (32 * kDown), index = thread % (32 * kDown);
-    int row = index / (kBlock / kVector<X>);
-    int column = index % (kBlock / kVector<X>)*kVector<X>;
-    static_assert(32 * kDown == kRowsAtATime * kBlock / kVector<X>);
-  };
-  __device__ __forceinline__ void bring_x(const Vector& own, int round, int column) const {
+  __device__ __forceinline__ void bring_x(const Vector& own, int round, int part,
+                                          int column) const {
     if (column >= tile_.resident_from()) return;
-    X* const to = stage(round, own.part) + own.row * kPitch + own.column;
+    X* const to = stage(round, part) + own.at;
     const X* const x = static_cast<const X*>(tile_.f.x) + column + own.column;
 #pragma unroll
-    for (int i = 0; i < kBlock; i += kRowsAtATime) {
-      if (own.row + i >= tile_.count) break;
-      copy_async(to + i * kPitch, x + tile_.row()[own.row + i] * tile_.width, 16);
+    for (int i = 0; i < kBlock; i += kBroughtRows) {
+      copy_async(to + i * kPitch, x + tile_.row()[own.row + i] * tile_.width,
+                 own.row + i < tile_.count ? 16 : 0);
     }
   }
 
   // Adds the parts, and keeps h.
-  __device__ __forceinline__ void keep(int block, int part, int first_row,
-                                       const float (&total)[8][4]) const {
+  __device__ __forceinline__ void keep(int part, int first_row, const float (&total)[8][4]) const {
     const int lane = Warp().lane;
     constexpr int pitch = kSumPitch<float>, of_part = S::kRows * pitch, n = kVector<float>;
     static_assert(kParts * of_part * sizeof(float) <= kPartTiles * kWeightBytes<P>);
@@ -320,7 +416,7 @@ class PartProducts {
 #pragma unroll
         for (int e = 0; e < n; ++e) h[e] += some[e];
       }
-      tile_.keep_hidden(i, block * kBlock + j, h, true);
+      tile_.keep_hidden(i, j, h, true);
     }
     __syncthreads();  // the buffers are free, and act(h) is there
   }
