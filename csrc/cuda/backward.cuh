@@ -28,7 +28,7 @@ struct ColumnLayout {
   int row_sums;             // [rows, 4], as in memory
   int x, gradient;          // x̂ or x, and do or du: [kRows, 64]
   int down[2];              // [kStep, 64]
-  int hidden_sum;           // [threads]: Σ dh
+  int hidden_sum;           // [warps, 64]: Σ dh
   int range;                // a RowRange
   int norm_weight;          // pre: [64]
   int norm_sums;            // pre: see WeightGradients
@@ -831,7 +831,7 @@ __global__ __launch_bounds__(
     Product<P, LargeTile> down_sum, up_sum;  // M [bottleneck, columns], duᵀz [columns, bottleneck]
     down_sum.clear();
     up_sum.clear();
-    C hidden_sum = 0;
+    C hidden_sum[2] = {};  // of two neighbours, over rows that are as many apart as there are warps
     const bool input_gradient = block == 0 && wanted.x();
     const bool wants_x = wanted.down() || (input_gradient && pre);
     const auto fill_down = [&](int piece) {
@@ -858,9 +858,11 @@ __global__ __launch_bounds__(
       copy(layout.hidden_gradient, params.hidden_gradients);
       copy(layout.rows.activated, params.activated);
       constexpr int n = kVector<C>;
-      if (const int at = thread_index() * n; at < 4 * count) {
-        const C* const from = static_cast<const C*>(params.row_sums) + 4 * tile.first;
-        copy_async(shared_at<C>(layout.row_sums + at_stage) + at, from + at, 16);
+      if (const int at = thread_index() * n; at < 4 * rows) {
+        const bool there = at < 4 * count;
+        const C* const from = static_cast<const C*>(params.row_sums);
+        copy_async(shared_at<C>(layout.row_sums + at_stage) + at,
+                   there ? from + 4 * tile.first + at : from, there ? 16 : 0);
       }
       X* const x_part = shared_at<X>(layout.x_part + at_stage);
       X* const gradient_part = shared_at<X>(layout.gradient_part + at_stage);
@@ -981,10 +983,13 @@ __global__ __launch_bounds__(
         down_sum.template multiply<false, false>(hidden_gradient, kBlockPitch<P>,
                                                  shared_at<T>(layout.x), kBlockPitch<P>, rows);
         const int thread = thread_index();
-        const T* of_column = hidden_gradient + thread % kBlock;
-#pragma unroll 2
-        for (int i = thread / kBlock; i < count; i += kThreads / kBlock) {
-          hidden_sum += static_cast<C>(of_column[i * kBlockPitch<P>]);
+        const T* of_pair = hidden_gradient + thread / 32 * kBlockPitch<P> + thread % 32 * 2;
+#pragma unroll 4
+        for (int i = 0; i < rows / S::kWarps; ++i, of_pair += S::kWarps * kBlockPitch<P>) {
+          C pair[2];
+          load_pair(pair, of_pair);
+          hidden_sum[0] += pair[0];
+          hidden_sum[1] += pair[1];
         }
       }
       if (wanted.up()) {
@@ -1046,26 +1051,26 @@ __global__ __launch_bounds__(
         const WarpTile<S> warp;
         const int row = warp.first_row + warp.g;
         bool is_active[2];
+        C of_row[2][4];
         X* to[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int i = row + 8 * half;
           is_active[half] = tile.active()[i];
+          load_aligned(of_row[half], row_sums + 4 * i);
           to[half] = static_cast<X*>(b.grad_x) + tile.row()[i] * width + column_block * kBlock;
         }
         const X* const upstream_from = gradient_part + row * part_pitch;
         const X* const values_from = x_part + row * part_pitch;
         product.template write_rows<X>(
             [&](int half, int at, C(&gradient)[2]) {
-              if (row + 8 * half >= count) return;
-              C upstream[2], values[2] = {}, weight[2] = {}, of_row[4] = {};
+              C upstream[2], values[2] = {}, weight[2] = {};
               load_pair(upstream, upstream_from + 8 * half * part_pitch + at);
               if (pre) {
-                load_aligned(of_row, row_sums + 4 * (row + 8 * half));
                 load_pair(values, values_from + 8 * half * part_pitch + at);
                 load_aligned(weight, shared_at<C>(layout.norm_weight) + at);
               }
-              change(of_row, is_active[half], weight, upstream, values, gradient);
+              change(of_row[half], is_active[half], weight, upstream, values, gradient);
             },
             [&](int half, int at, const auto& words) {
               if (row + 8 * half < count) store_words<Space::kGlobal>(to[half] + at, words);
@@ -1101,11 +1106,11 @@ __global__ __launch_bounds__(
       C* const hidden_sums = shared_at<C>(layout.hidden_sum);
       __syncthreads();
       down_sum.template store<Space::kShared>(total(), kSumPitch<C>);
-      hidden_sums[thread_index()] = hidden_sum;
+      store_pair<Space::kShared>(hidden_sums + 2 * thread_index(), hidden_sum[0], hidden_sum[1]);
       __syncthreads();
       if (const int thread = thread_index(); thread < kBlock) {
         C sum = 0;
-        for (int other = thread; other < kThreads; other += kBlock) sum += hidden_sums[other];
+        for (int warp = 0; warp < S::kWarps; ++warp) sum += hidden_sums[warp * kBlock + thread];
         hidden_sums[thread] = sum;
         const int64_t j = block * kBlock + thread;
         if (range().sums && j < params.padded) range().sums[2 * params.padded * kBlock + j] = sum;
@@ -1358,7 +1363,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
   // What a tile of rows needs; afterwards its place holds a tile of sums, and Σ dh of each thread.
   SharedRoom total = room;
   layout.total = total.take<C>(kBlock * kSumPitch<C>);
-  layout.hidden_sum = total.take<C>(S::kThreads);
+  layout.hidden_sum = total.take<C>(S::kWarps * kBlock);
   layout.x = room.take<T>(rows * kBlockPitch<P>);
   layout.gradient = room.take<T>(rows * kBlockPitch<P>);
   // Pieces of left operands, before x and du are there or when they have been multiplied.

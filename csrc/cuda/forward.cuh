@@ -69,7 +69,7 @@ __global__ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void 
   copy_async_wait<0>();
   __syncthreads();
   const auto run = [&]<bool whole>() {
-    if (tile.pre) tile.template normalize<whole>();
+    if (tile.pre) tile.template normalize<whole>([](int) {});
     for (int block = 0; block * kBlock < tile.view.bottleneck; ++block) {
       typename Tile::Sums hidden, part;
       hidden.clear();
@@ -126,11 +126,8 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void forward_par
   const Tile tile(params, segment, first, count);
   tile.find_rows(depth);
   __syncthreads();
-  tile.bring_x();
-  tile.bring_norm(0, tile.width);
-  copy_async_commit();
   const PartProducts<X, P, S> products(tile);
-  products.clear_rows();
+  products.bring_rows();
   products.down();
   tile.clear_hidden();
   tile.keep_statistics();
@@ -182,7 +179,7 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
         const int64_t first_column = begin * params.order.chunk;
         tile.bring_norm(first_column, min(end * params.order.chunk, tile.width) - first_column);
         copy_async_commit();
-        tile.template normalize<is_whole>();
+        tile.template normalize<is_whole>([](int) {});
         copy_async_wait<0>();
         __syncthreads();
         if (split == 0) tile.keep_statistics();

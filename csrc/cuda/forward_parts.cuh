@@ -32,16 +32,32 @@ class PartProducts {
   __device__ __forceinline__ explicit PartProducts(const Tile& tile)
       : tile_(tile), order_(tile.params.order), rounds_(rounds_of(tile.params.order)) {}
 
-  // Rows that are not there are read too: as zeros.
-  __device__ __forceinline__ void clear_rows() const {
+  // Starts bringing resident columns of x: of each row by the warp that makes its statistics, in
+  // groups, so that these begin when the first group is there. Rows that are not there are read
+  // too, as zeros.
+  __device__ __forceinline__ void bring_rows() const {
+    const Warp warp;
     const SharedLayout& layout = tile_.layout;
-    const X zeros[kVector<X>] = {};
-    for (int i = tile_.count + static_cast<int>(threadIdx.x) / 32; i < S::kRows; i += S::kWarps) {
-      X* const row = shared_at<X>(layout.x) + i * layout.x_pitch;
-      for (int c = static_cast<int>(threadIdx.x) % 32 * kVector<X>; c < layout.x_columns;
-           c += 32 * kVector<X>) {
-        store_aligned<Space::kShared>(row + c, zeros);
+    const int first = warp.index * kRowsOfWarp;
+    const X* from[kRowsOfWarp];
+#pragma unroll
+    for (int k = 0; k < kRowsOfWarp; ++k) {
+      from[k] = static_cast<const X*>(tile_.f.x) + tile_.row()[first + k] * tile_.width +
+                tile_.resident_from();
+    }
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      const int end = min(first_step(group + 1) * kStepColumns, layout.x_columns);
+#pragma unroll 1
+      for (int c = first_step(group) * kStepColumns + warp.lane * kVector<X>; c < end;
+           c += kStepColumns) {
+#pragma unroll
+        for (int k = 0; k < kRowsOfWarp; ++k) {
+          copy_async(shared_at<X>(layout.x) + (first + k) * layout.x_pitch + c, from[k] + c,
+                     first + k < tile_.count ? 16 : 0);
+        }
       }
+      copy_async_commit();
     }
   }
 
@@ -96,10 +112,19 @@ class PartProducts {
       }
       copy_async_commit();
     };
+    tile_.bring_norm(0, tile_.width);
     bring(0);
-    copy_async_wait<1>();  // rows of x
-    __syncthreads();
-    tile_.template normalize<true>();
+    tile_.template normalize<true>([&](int step) {
+      if (step >= first_step(3)) {
+        copy_async_wait<1>();
+      } else if (step >= first_step(2)) {
+        copy_async_wait<2>();
+      } else if (step >= first_step(1)) {
+        copy_async_wait<3>();
+      } else {
+        copy_async_wait<4>();
+      }
+    });
     __syncthreads();
     float row_mean[2], row_rstd[2];
 #pragma unroll
@@ -200,6 +225,12 @@ class PartProducts {
       at = row * kPitch + column;
     }
   };
+  // How rows are brought: steps of a warp's vectors, in groups.
+  static constexpr int kRowsOfWarp = 4, kGroups = 4, kStepColumns = 32 * kVector<X>;
+  static_assert(kRowsOfWarp * S::kWarps == S::kRows);
+  __device__ __forceinline__ int first_step(int group) const {
+    return (tile_.layout.x_columns + kStepColumns - 1) / kStepColumns * group / kGroups;
+  }
   struct Columns {  // of x, from the first row on
     const X* data;
     int pitch;

@@ -236,9 +236,10 @@ class ForwardTile : public RowTile<X, P, S> {
 
   // The pre norm's mean and 1 / sqrt(variance + eps), in one pass over the rows, some of them at a
   // time for more reads under way. Deviations from a row's first element are small where its mean
-  // is large.
-  template <bool whole_rows>
-  __device__ __forceinline__ void normalize() const {
+  // is large. ready(step) is called before a lane
+  // reads its vector of a step, 32 vectors of a row, from shared memory.
+  template <bool whole_rows, class Ready>
+  __device__ __forceinline__ void normalize(Ready&& ready) const {
     constexpr int n = kVector<X>, some = 4;
     static_assert(S::kRows % some == 0);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -246,6 +247,8 @@ class ForwardTile : public RowTile<X, P, S> {
     const bool whole = whole_rows || columns % n == 0;
     for (int begin = warp * some; begin < count; begin += S::kWarps * some) {
       const auto row_of = [&](int k) { return min(begin + k, count - 1); };
+      if (resident_from() == 0) ready(0);
+      __syncwarp();  // what a row begins with was brought by one lane
       Moments<C> moments[some] = {};
       C shift[some];
 #pragma unroll
@@ -266,6 +269,7 @@ class ForwardTile : public RowTile<X, P, S> {
         }
 #pragma unroll 1
         for (; c < end; c += 32 * n, steps += 1) {
+          if (resident) ready(c / (32 * n));
           const C share = quotient(C(1), steps + C(1));
           C values[some][n];
 #pragma unroll
@@ -284,7 +288,11 @@ class ForwardTile : public RowTile<X, P, S> {
           }
         }
       };
-      take.template operator()<false>(resident_from());
+      if (resident_from() > 0) {
+        take.template operator()<false>(resident_from());
+        ready(columns);
+        __syncwarp();
+      }
       take.template operator()<true>(columns);
 #pragma unroll
       for (int k = 0; k < some; ++k) {

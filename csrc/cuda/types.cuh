@@ -41,7 +41,8 @@ inline constexpr int kWarps = SmallTile::kWarps;
 template <class T>
 inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-__device__ __forceinline__ int thread_index() { return here(static_cast<int>(threadIdx.x)); }
+// Masked, so that the compiler knows that it is not negative, and divides it by shifts.
+__device__ __forceinline__ int thread_index() { return here(static_cast<int>(threadIdx.x)) & 1023; }
 
 // What lies at an offset of the block's shared memory, in bytes.
 template <class T>
