@@ -1033,18 +1033,19 @@ __global__ __launch_bounds__(
         }
       }
       // dx of some elements, from dn, dy and x. `of_row`: see row_sums.
-      const auto change = [&](const C(&of_row)[4], bool is_active, const auto& weight,
-                              const auto& upstream, const auto& values, auto& gradient) {
+      const auto change = [&]<bool usual>(const C(&of_row)[4], bool is_active, const auto& weight,
+                                          const auto& upstream, const auto& values,
+                                          auto& gradient) {
         constexpr int n = sizeof(gradient) / sizeof(C);
 #pragma unroll
         for (int e = 0; e < n; ++e) {
-          if (pre) {
+          if (usual || pre) {
             const C normalized = (values[e] - of_row[0]) * of_row[1];
             gradient[e] =
                 of_row[1] * (gradient[e] * weight[e] - of_row[2] - normalized * of_row[3]);
           }
-          if (b.residual) gradient[e] += upstream[e];
-          if (!is_active) gradient[e] = upstream[e];
+          if (usual || b.residual) gradient[e] += upstream[e];
+          if (!usual && !is_active) gradient[e] = upstream[e];
         }
       };
       if (params.whole) {  // where the sums are
@@ -1062,19 +1063,27 @@ __global__ __launch_bounds__(
         }
         const X* const upstream_from = gradient_part + row * part_pitch;
         const X* const values_from = x_part + row * part_pitch;
-        product.template write_rows<X>(
-            [&](int half, int at, C(&gradient)[2]) {
-              C upstream[2], values[2] = {}, weight[2] = {};
-              load_pair(upstream, upstream_from + 8 * half * part_pitch + at);
-              if (pre) {
-                load_pair(values, values_from + 8 * half * part_pitch + at);
-                load_aligned(weight, shared_at<C>(layout.norm_weight) + at);
-              }
-              change(of_row[half], is_active[half], weight, upstream, values, gradient);
-            },
-            [&](int half, int at, const auto& words) {
-              if (row + 8 * half < count) store_words<Space::kGlobal>(to[half] + at, words);
-            });
+        const auto write = [&]<bool usual>() {
+          product.template write_rows<X>(
+              [&](int half, int at, C(&gradient)[2]) {
+                C upstream[2], values[2] = {}, weight[2] = {};
+                load_pair(upstream, upstream_from + 8 * half * part_pitch + at);
+                if (usual || pre) {
+                  load_pair(values, values_from + 8 * half * part_pitch + at);
+                  load_aligned(weight, shared_at<C>(layout.norm_weight) + at);
+                }
+                change.template operator()<usual>(of_row[half], is_active[half], weight, upstream,
+                                                  values, gradient);
+              },
+              [&](int half, int at, const auto& words) {
+                if (row + 8 * half < count) store_words<Space::kGlobal>(to[half] + at, words);
+              });
+        };
+        if (pre && b.residual && params.depth.threshold == 0) {
+          write.template operator()<true>();
+        } else {
+          write.template operator()<false>();
+        }
         continue;
       }
       __syncthreads();  // the sums may have the place of operands
@@ -1095,7 +1104,8 @@ __global__ __launch_bounds__(
         }
         load_sums(gradient, tile.sums() + i * kSumPitch<C> + own.column());
         load_aligned(upstream, gradient_part + own.at(v, part_pitch));
-        change(of_row, tile.active()[i], weight, upstream, values, gradient);
+        change.template operator()<false>(of_row, tile.active()[i], weight, upstream, values,
+                                          gradient);
         store(static_cast<X*>(b.grad_x) + tile.row()[i] * width + column, gradient,
               static_cast<int>(left), aligned(b.grad_x));
       }

@@ -110,18 +110,37 @@ struct Moments {
   }
 };
 
-// Adds to each of some moments those of the other lanes of a warp: the same in all of them.
-template <int n, class C>
-__device__ __forceinline__ void add_lanes(Moments<C> (&moments)[n]) {
+// Adds up four moments over the lanes of a warp. Lanes 8 k to 8 k + 7 get the total of the k-th:
+// they exchange two of them for two others, then one for one. A lower lane's part comes first, so
+// that the total does not depend on k.
+template <class C>
+__device__ __forceinline__ Moments<C> add_lanes(const Moments<C> (&moments)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // Field by field, in registers.
+  const auto choose = [](bool first, const Moments<C>& a, const Moments<C>& b) {
+    return Moments<C>{first ? a.mean : b.mean, first ? a.squares : b.squares,
+                      first ? a.count : b.count};
+  };
+  const auto exchange = [&](const Moments<C>& kept, const Moments<C>& given, int distance) {
+    const Moments<C> received{__shfl_xor_sync(0xffffffffu, given.mean, distance),
+                              __shfl_xor_sync(0xffffffffu, given.squares, distance),
+                              __shfl_xor_sync(0xffffffffu, given.count, distance)};
+    const bool upper = lane & distance;
+    Moments<C> sum = choose(upper, received, kept);
+    sum.add(choose(upper, kept, received));
+    return sum;
+  };
+  const bool second_pair = lane & 16, second = lane & 8;
+  Moments<C> pair[2];
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      moments[i].add({__shfl_xor_sync(0xffffffffu, moments[i].mean, distance),
-                      __shfl_xor_sync(0xffffffffu, moments[i].squares, distance),
-                      __shfl_xor_sync(0xffffffffu, moments[i].count, distance)});
-    }
+  for (int i = 0; i < 2; ++i) {
+    pair[i] = exchange(choose(second_pair, moments[2 + i], moments[i]),
+                       choose(second_pair, moments[i], moments[2 + i]), 16);
   }
+  Moments<C> sum = exchange(choose(second, pair[1], pair[0]), choose(second, pair[0], pair[1]), 8);
+#pragma unroll
+  for (int distance = 4; distance > 0; distance /= 2) sum = exchange(sum, sum, distance);
+  return sum;
 }
 
 // Whether columns of x that are not resident are brought in stages, by the threads that use them.
@@ -236,11 +255,13 @@ class ForwardTile : public RowTile<X, P, S> {
 
   // The pre norm's mean and 1 / sqrt(variance + eps), in one pass over the rows, some of them at a
   // time for more reads under way. Deviations from a row's first element are small where its mean
-  // is large. ready(step) is called before a lane
-  // reads its vector of a step, 32 vectors of a row, from shared memory.
+  // is large; elements of 16 bits are not taken from it, as sums of a few have no error to speak
+  // of. ready(step) is called before a lane reads its vector of a step, 32 vectors of a row, from
+  // shared memory.
   template <bool whole_rows, class Ready>
   __device__ __forceinline__ void normalize(Ready&& ready) const {
     constexpr int n = kVector<X>, some = 4;
+    constexpr bool kShifts = sizeof(X) > 2;
     static_assert(S::kRows % some == 0);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int columns = static_cast<int>(width);
@@ -250,9 +271,9 @@ class ForwardTile : public RowTile<X, P, S> {
       if (resident_from() == 0) ready(0);
       __syncwarp();  // what a row begins with was brought by one lane
       Moments<C> moments[some] = {};
-      C shift[some];
+      C shift[some] = {};
 #pragma unroll
-      for (int k = 0; k < some; ++k) {
+      for (int k = 0; k < some && kShifts; ++k) {
         const X* from = resident_from() == 0
                             ? shared_at<X>(layout.x) + row_of(k) * layout.x_pitch
                             : static_cast<const X*>(f.x) + row()[row_of(k)] * width;
@@ -267,7 +288,7 @@ class ForwardTile : public RowTile<X, P, S> {
           from[k] = resident ? shared_at<X>(layout.x) + row_of(k) * layout.x_pitch - resident_from()
                              : static_cast<const X*>(f.x) + row()[row_of(k)] * width;
         }
-#pragma unroll 1
+#pragma unroll(resident ? 1 : 2)  // more reads under way
         for (; c < end; c += 32 * n, steps += 1) {
           if (resident) ready(c / (32 * n));
           const C share = quotient(C(1), steps + C(1));
@@ -279,7 +300,7 @@ class ForwardTile : public RowTile<X, P, S> {
 #pragma unroll
           for (int k = 0; k < some; ++k) {
 #pragma unroll
-            for (int e = 0; e < n; ++e) values[k][e] -= shift[k];
+            for (int e = 0; e < n && kShifts; ++e) values[k][e] -= shift[k];
             if (whole) {
               moments[k].add_whole(values[k], share, steps);
             } else {
@@ -298,14 +319,12 @@ class ForwardTile : public RowTile<X, P, S> {
       for (int k = 0; k < some; ++k) {
         if (whole) moments[k].count = steps * n;
       }
-      add_lanes(moments);
-      if (lane != 0) continue;
-#pragma unroll
-      for (int k = 0; k < some; ++k) {
-        if (begin + k < count) {
-          mean()[begin + k] = moments[k].mean + shift[k];
-          rstd()[begin + k] = rstd_of(moments[k]);
-        }
+      Moments<C> of_row = add_lanes(moments);
+      const int k = lane / 8;
+      if (lane % 8 == 0 && begin + k < count) {
+        of_row.mean += k < 2 ? (k == 0 ? shift[0] : shift[1]) : (k == 2 ? shift[2] : shift[3]);
+        mean()[begin + k] = of_row.mean;
+        rstd()[begin + k] = rstd_of(of_row);
       }
     }
   }
