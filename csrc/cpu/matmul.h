@@ -590,6 +590,31 @@ static void pack_transposed(const W* from, int64_t stride, int64_t elements, int
   }
 }
 
+// to [rows, columns] (+)= the transpose of from [columns, rows]. The rows of `to` are padded to
+// whole vectors.
+template <class C>
+static void add_transposed(int64_t rows, int64_t columns, const C* from, int64_t from_stride, C* to,
+                           int64_t to_stride, bool accumulate) {
+  constexpr int lanes = kLanes<C>;
+  for (int64_t column = 0; column < columns; column += lanes) {
+    const int64_t valid = std::min<int64_t>(lanes, columns - column);
+    for (int64_t row = 0; row < rows; row += lanes) {
+      Vector<C> square[lanes] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (i < valid) square[i] = load<C>(from + (column + i) * from_stride + row);
+      }
+      transpose<C>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (row + i >= rows) break;
+        C* at = to + (row + i) * to_stride + column;
+        store<C>(at, accumulate ? load<C>(at) + square[i] : square[i]);
+      }
+    }
+  }
+}
+
 // ---- Products of one row straight from the stored weights: packing them would cost more than the
 // product. They go through memory in its order. The order of additions is that of multiply().
 
