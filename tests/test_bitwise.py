@@ -174,6 +174,34 @@ def test_batch_invariance(
 
 @every_dtype
 @every_norm_position
+@pytest.mark.parametrize("sizes", [(600, 120), (1030, 300)], ids=["600-120", "1030-300"])
+def test_batch_invariance_of_one_block(
+    sizes: tuple[int, int],
+    norm_position: str,
+    dtype: torch.dtype,
+    set_num_threads: Callable[[int], None],
+) -> None:
+    """The CPU takes stored weights for another operand where rows fill vectors, but one block."""
+    hidden_size, bottleneck = sizes
+    weights = make_weights([bottleneck], hidden_size, dtype=dtype)
+    x, dy = torch.randn(2, 200, hidden_size).to(dtype)
+
+    def run(count: int) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(count, dtype=torch.int64)
+        return rows_alone_and_together(x[:count], dy[:count], ids, weights, norm_position)
+
+    set_num_threads(1)
+    y, dx = run(200)
+    for threads in (1, 2):
+        set_num_threads(threads)
+        for count in (1, 7, 31, 32, 33, 50, 64, 96):
+            y_part, dx_part = run(count)
+            assert torch.equal(y[:count], y_part), f"y in a batch of {count}"
+            assert torch.equal(dx[:count], dx_part), f"dx in a batch of {count}"
+
+
+@every_dtype
+@every_norm_position
 def test_layout_invariance(norm_position: str, dtype: torch.dtype) -> None:
     """How x and dy lie in memory, and where, does not change a bit."""
     options = {"norm_position": norm_position, **TRAINING["training"]}

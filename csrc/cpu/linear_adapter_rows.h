@@ -139,9 +139,9 @@ class WeightOperand {
   static constexpr bool kPairs = Product::kElements > 1;
 
  public:
-  // Elements of the memory that a packed matrix takes.
+  // Elements of the memory that products with the matrix take.
   static int64_t size(int64_t k_count, int64_t columns) {
-    return steps<Product>(k_count) * padded<C>(columns);
+    return std::max(packed_size(k_count, columns), kRowsSize);
   }
 
   // `weights` is [k, columns], or [columns, k] where transposed, its rows `stride` apart. `rows`
@@ -191,10 +191,19 @@ class WeightOperand {
       });
       return;
     }
+    // Whether it takes less to transpose the rows and the result than to pack the weights. The rows
+    // fill vectors then.
+    const bool transposes_rows =
+        transposed_ && rows >= kPanel<C> && rows * (k_count + columns) < k_count * columns;
     int64_t column = 0;
-    if (!transposed_ && !rounds_operands(*problem_)) {
+    if ((transposes_rows || !transposed_) && !rounds_operands(*problem_)) {
       with_stored(first_k, first_column, [&]<class W>(const W* part) {
         if constexpr (std::is_same_v<W, C>) {
+          if (transposes_rows) {
+            column = columns;
+            return multiply_rows_transposed(rows, columns, k_count, left, part, out, out_row,
+                                            accumulate, ahead);
+          }
           column = columns / kLanes<C> * kLanes<C>;
           cpu::multiply<C, Product>(rows, column, k_count, left, {part, kPanel<C>, stride_}, out,
                                     out_row, into, ahead);
@@ -219,6 +228,16 @@ class WeightOperand {
  private:
   enum Mode { kStored, kPieces, kWhole };
 
+  static int64_t packed_size(int64_t k_count, int64_t columns) {
+    return steps<Product>(k_count) * padded<C>(columns);
+  }
+
+  // Columns whose sums multiply_rows_transposed() has at a time, a multiple of every register tile.
+  static constexpr int64_t kSumColumns = 96;
+  // What it takes: a block of the rows and the sums.
+  static constexpr int64_t kRowsSize =
+      (kBlockK + kSumColumns) * (kMostBlockRows + kPanel<C> + kRowPadding<C>);
+
   // Calls function(typed pointer) for the stored weights from an element on.
   template <class Function>
   void with_stored(int64_t k, int64_t column, Function&& function) const {
@@ -231,6 +250,26 @@ class WeightOperand {
     }
   }
 
+  // multiply() for weights that are stored transposed: outᵀ = weights leftᵀ, which takes them as
+  // they are.
+  void multiply_rows_transposed(int64_t rows, int64_t columns, int64_t k_count,
+                                const LeftOperand<C>& left, const C* weights, C* out,
+                                int64_t out_row, bool accumulate, Ahead& ahead) const {
+    C* const sums = memory_ + kBlockK * padded<C>(kMostBlockRows);
+    const int64_t sums_row = padded<C>(rows) + kRowPadding<C>;
+    for (int64_t k = 0; k < k_count; k += kBlockK) {
+      const int64_t block = std::min(kBlockK, k_count - k);
+      pack_transposed<C, Product>(left.data + k, left.row_stride, block, rows, 0, memory_);
+      for (int64_t column = 0; column < columns; column += kSumColumns) {
+        const int64_t part = std::min(kSumColumns, columns - column);
+        cpu::multiply<C, Product>(part, rows, block, {weights + column * stride_ + k, stride_, 1},
+                                  {memory_, block * kPanel<C>, kPanel<C>}, sums, sums_row,
+                                  Into::kNew, ahead);
+        add_transposed<C>(rows, part, sums, sums_row, out + column, out_row, accumulate || k > 0);
+      }
+    }
+  }
+
   void pack(int64_t first_k, int64_t k_count, int64_t first_column, int64_t columns) const {
     with_stored(first_k, first_column, [&](const auto* part) {
       if (!transposed_) {
@@ -239,7 +278,7 @@ class WeightOperand {
       pack_transposed<C, Product>(part, stride_, k_count, columns,
                                   columns_ - first_column - columns, memory_);
     });
-    if constexpr (!kPairs) round_operand(*problem_, memory_, size(k_count, columns));
+    if constexpr (!kPairs) round_operand(*problem_, memory_, packed_size(k_count, columns));
   }
 
   const LinearAdapterProblem* problem_;

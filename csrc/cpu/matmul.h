@@ -189,9 +189,10 @@ ADAPTER_EXT_HOST_DEVICE void pad_row(C* row, int64_t count) {
   }
 }
 
-// A left operand: element (row, k) is data[row * row_stride + k * k_stride]. Operands are passed by
-// reference: a copy on the stack is read by wider loads than it was stored by, which wait until all
-// stores before are done, those of the tile before to slow memory among them.
+// A left operand: element (row, k) is data[row * row_stride + k * k_stride], and one of the strides
+// is 1. Operands are passed by reference: a copy on the stack is read by wider loads than it was
+// stored by, which wait until all stores before are done, those of the tile before to slow memory
+// among them.
 template <class C>
 struct LeftOperand {
   const C* data;
@@ -242,7 +243,7 @@ class Ahead {
  private:
   // A line is asked for several times: the buffers for lines on their way are few, and the operands
   // of products, which come from a cache, need them too.
-  static constexpr int64_t kLine = 64, kStep = kLine / 4;
+  static constexpr int64_t kLine = 64, kStep = kLine / 2;
 
   ADAPTER_EXT_HOST_DEVICE void next_piece() {
     while (count_ > 0 && pieces_->bytes == 0) {
@@ -274,8 +275,9 @@ ADAPTER_EXT_HOST_DEVICE T* opaque(T* pointer) {
   return pointer;
 }
 
-// Asks for what lies `b_ahead` of the right operand's rows beforehand.
-template <class C, class Product, int rows, int vectors>
+// A tile of a product, whose left operand is contiguous along k, or along the rows. Asks for what
+// lies `b_ahead` of the right operand's rows beforehand, unless that is 0.
+template <class C, class Product, bool along_k, int rows, int vectors>
 static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k,
                  int64_t b_ahead, C* out, int64_t out_row, Into into, Ahead& pieces_ahead) {
   using V = Vector<C>;
@@ -289,34 +291,47 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
       for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + v * kLanes<C>, 1);
     }
   }
-  // A pointer for every third row: with one for all, the rows' offsets take more registers than
-  // there are.
-  constexpr int group = 3;
+  // Along k, a pointer for every third row: with one for all, the rows' offsets take more registers
+  // than there are.
+  constexpr int group = along_k ? 3 : rows;
+  const int64_t row_stride = along_k ? left.row_stride : 1, k_stride = along_k ? 1 : left.k_stride;
   const C* a[(rows + group - 1) / group];
   const C* from = left.data;
   for (const C*& first : a) {
     first = from;
-    from = opaque(from + group * left.row_stride);
+    from = opaque(from + group * row_stride);
   }
-  for (int64_t k = 0; k < k_count; ++k, b += b_k) {
+  const auto step = [&](int64_t a_offset) {
     V right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      right[v] = load<C>(b + v * kLanes<C>);
-      __builtin_prefetch(b + b_ahead + v * kLanes<C>);
+    for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
+    if (b_ahead != 0) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + b_ahead + v * kLanes<C>);
     }
-    ahead.next_line();
+    b += b_k;
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
-      const V value = Product::splat(a[row / group] + row % group * left.row_stride);
+      const V value = Product::splat(a[row / group] + row % group * row_stride + a_offset);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         sum[row][v] = Product::add(sum[row][v], value, right[v]);
       }
     }
+  };
+  const auto advance = [&](int64_t steps) {
 #pragma GCC unroll 4
-    for (const C*& first : a) first += left.k_stride;
+    for (const C*& first : a) first += steps * k_stride;
+  };
+  // Two steps at a time: counting and advancing take execution units from the arithmetic.
+  int64_t k = 0;
+  for (; k + 2 <= k_count; k += 2) {
+    ahead.next_line();
+    step(0);
+    step(k_stride);
+    advance(2);
   }
+  if (k < k_count) step(0);
   pieces_ahead = ahead;
   to = opaque(out);
 #pragma GCC unroll 16
@@ -333,17 +348,18 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
   }
 }
 
-template <class C, class Product, int vectors, int rows = kTileRows>
+template <class C, class Product, bool along_k, int vectors, int rows = kTileRows>
 ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
                                           const LeftOperand<C>& left, const C* b, int64_t b_k,
                                           int64_t b_ahead, C* out, int64_t out_row, Into into,
                                           Ahead& ahead) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, Product, rows, vectors>(k_count, left, b, b_k, b_ahead, out, out_row, into, ahead);
+      tile<C, Product, along_k, rows, vectors>(k_count, left, b, b_k, b_ahead, out, out_row, into,
+                                               ahead);
     } else {
-      tile_of_rows<C, Product, vectors, rows - 1>(row_count, k_count, left, b, b_k, b_ahead, out,
-                                                  out_row, into, ahead);
+      tile_of_rows<C, Product, along_k, vectors, rows - 1>(row_count, k_count, left, b, b_k,
+                                                           b_ahead, out, out_row, into, ahead);
     }
   }
 }
@@ -354,7 +370,7 @@ template <int row_tiles, int column_tiles>
 static void tiles(int64_t k_count, const LeftOperand<float>& left, const float* b, int64_t b_k,
                   float* out, int64_t out_row, bool accumulate, Ahead& pieces_ahead) {
   constexpr int tile = TileDot::kTile;
-  constexpr int kAheadSteps = 8;  // for two tiles that are multiplied
+  constexpr int kAheadSteps = 4;  // for two tiles that are multiplied
   Ahead ahead = pieces_ahead;
   const int64_t left_bytes = left.row_stride * 4, right_bytes = b_k * 4, out_bytes = out_row * 4;
   float* const right_out = out + tile;
@@ -439,14 +455,18 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
     for (int64_t column = 0, panel = 0; column < columns; column += kPanel<C>, ++panel) {
       const C* b = right.data + panel * right.panel_stride + k * right.k_stride;
       const bool narrow = columns - column <= kLanes<C>;
-      // The hardware does not see where the next panel is if its rows lie far apart.
+      // The hardware does not see where the next panel is if its rows lie far apart: the last tile
+      // asks for it.
       const bool apart = right.k_stride > kPanel<C> && columns - column > kPanel<C>;
-      const int64_t b_ahead = apart ? right.panel_stride : 0;
       for (int64_t row = 0, i = 0, count; row < rows; row += count, ++i) {
         count = even + (i < larger ? 1 : 0);
         C* to = out + row * out_row + column;
-        const auto run =
-            narrow ? tile_of_rows<C, Product, 1> : tile_of_rows<C, Product, kPanelVectors>;
+        const int64_t b_ahead = apart && row + count == rows ? right.panel_stride : 0;
+        const auto run = left.k_stride == 1
+                             ? (narrow ? tile_of_rows<C, Product, true, 1>
+                                       : tile_of_rows<C, Product, true, kPanelVectors>)
+                             : (narrow ? tile_of_rows<C, Product, false, 1>
+                                       : tile_of_rows<C, Product, false, kPanelVectors>);
         run(count, block, left.from(row, k), b, right.k_stride, b_ahead, to, out_row,
             k > 0 ? Into::kSum : into, ahead);
       }
@@ -566,6 +586,31 @@ static void pack_transposed(const W* from, int64_t stride, int64_t elements, int
           if (i < count) store<C>(to + (k + i) * kPanel<C> + part, square[i]);
         }
       });
+    }
+  }
+}
+
+// to [rows, columns] (+)= the transpose of from [columns, rows]. The rows of `to` are padded to
+// whole vectors.
+template <class C>
+static void add_transposed(int64_t rows, int64_t columns, const C* from, int64_t from_stride, C* to,
+                           int64_t to_stride, bool accumulate) {
+  constexpr int lanes = kLanes<C>;
+  for (int64_t column = 0; column < columns; column += lanes) {
+    const int64_t valid = std::min<int64_t>(lanes, columns - column);
+    for (int64_t row = 0; row < rows; row += lanes) {
+      Vector<C> square[lanes] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (i < valid) square[i] = load<C>(from + (column + i) * from_stride + row);
+      }
+      transpose<C>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (row + i >= rows) break;
+        C* at = to + (row + i) * to_stride + column;
+        store<C>(at, accumulate ? load<C>(at) + square[i] : square[i]);
+      }
     }
   }
 }
