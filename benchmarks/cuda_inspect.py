@@ -40,13 +40,19 @@ WIDE = "128"  # bits
 # The kernels that multiply tiles.
 PRODUCTS = (
     "forward_kernel",
+    "forward_parts_kernel",
     "forward_down_kernel",
     "forward_up_kernel",
     "backward_rows_kernel",
     "backward_columns_kernel",
 )
 # The kernels that write rows where they multiply; all of PRODUCTS read rows and weights there.
-WRITES_ROWS = ("forward_kernel", "forward_up_kernel", "backward_columns_kernel")
+WRITES_ROWS = (
+    "forward_kernel",
+    "forward_parts_kernel",
+    "forward_up_kernel",
+    "backward_columns_kernel",
+)
 # Threads of a multiprocessor that the kernels with products must have registers for: two blocks of
 # 256, or four of 128. Half of that for float64, or where shared memory has room for one block of
 # 256. kResident in csrc/cuda asks nvcc for it.

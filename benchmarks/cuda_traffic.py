@@ -265,7 +265,7 @@ def tile_rows(launch: Launch) -> int | None:
 
 def is_resident(case: Case, launch: Launch) -> bool:
     """Whether a launch is of the whole layer, with room for the rows of x in shared memory."""
-    if "::forward_kernel<" not in launch["kernel"]:
+    if not re.search(r"::forward(_parts)?_kernel<", launch["kernel"]):
         return False
     rows_bytes = (tile_rows(launch) or 0) * case.hidden_size * DTYPES[case.dtype].itemsize
     return bool(launch["dynamic_smem"] >= rows_bytes)

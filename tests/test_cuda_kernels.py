@@ -111,12 +111,28 @@ class TestKernels:
     def test_plain(self, dtype: torch.dtype, norm_position: str) -> None:
         check(Case(**SHAPES["aligned"], dtype=dtype, options={"norm_position": norm_position}))
 
-    # Rows of whole blocks of columns without dropout have ways of their own; shared memory has room
-    # for the rows of a tile or has not.
+    # Rows of whole blocks of columns have ways of their own, and so have some of their options;
+    # shared memory has room for the rows of a tile or has not.
     @pytest.mark.parametrize(
         ("hidden_size", "bottleneck", "options"),
-        [(80, 16, TRAINING), (192, 40, {}), (1216, 16, {}), (128, 70, {"training": True})],
-        ids=["dropout", "resident", "wide", "deep"],
+        [
+            (80, 16, TRAINING),
+            (192, 40, {}),
+            (1216, 16, {}),
+            (128, 70, {"training": True}),
+            (
+                320,
+                64,
+                {
+                    "training": True,
+                    "dropout": 0.3,
+                    "stochastic_depth": 0.4,
+                    "stochastic_depth_mode": "sample",
+                },
+            ),
+            (1024, 24, {"residual": False}),
+        ],
+        ids=["ragged", "resident", "wide", "deep", "dropout", "result"],
     )
     @every_norm_position
     @every_dtype
@@ -146,15 +162,21 @@ class TestKernels:
         options = {"norm_position": norm_position}
         check(Case(shape=(600, 40), bottlenecks=(120,), routing="one", options=options))
 
+    @pytest.mark.parametrize(("hidden_size", "bottleneck"), [(300, 20), (320, 24), (1280, 8)])
     @every_norm_position
     @every_dtype
     def test_a_row_has_the_same_bits_in_every_batch(
-        self, dtype: torch.dtype, norm_position: str, multiprocessors: int
+        self,
+        dtype: torch.dtype,
+        norm_position: str,
+        hidden_size: int,
+        bottleneck: int,
+        multiprocessors: int,
     ) -> None:
         """Alone, among few others (decode, tiles of 16 rows) and among many (tiles of 64)."""
         call = Case(
-            shape=(75 * multiprocessors, 300),
-            bottlenecks=(20,),
+            shape=(75 * multiprocessors, hidden_size),
+            bottlenecks=(bottleneck,),
             routing="none",
             dtype=dtype,
             options={"norm_position": norm_position},

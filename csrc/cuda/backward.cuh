@@ -28,7 +28,7 @@ struct ColumnLayout {
   int row_sums;             // [rows, 4], as in memory
   int x, gradient;          // x̂ or x, and do or du: [kRows, 64]
   int down[2];              // [kStep, 64]
-  int hidden_sum;           // [warps, 64]: Σ dh
+  int hidden_sum;           // [threads]: Σ dh
   int range;                // a RowRange
   int norm_weight;          // pre: [64]
   int norm_sums;            // pre: see WeightGradients
@@ -777,7 +777,7 @@ __global__ __launch_bounds__(
   const LinearAdapterBackward& b = params.problem;
   const ColumnLayout& layout = params.layout;
   const unsigned column_blocks = static_cast<unsigned>(params.column_blocks);
-  const int64_t column_block = blockIdx.x % column_blocks;
+  const int column_block = static_cast<int>(blockIdx.x % column_blocks);
   const Depth depth{b, params.depth, params.sample_rows};
   const auto range = [&]() -> RowRange<C>& { return *shared_at<RowRange<C>>(layout.range); };
   {
@@ -827,11 +827,11 @@ __global__ __launch_bounds__(
                 adapter.view, done / rows & 1);
   };
 
-  for (int64_t block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
+  for (int block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
     Product<P, LargeTile> down_sum, up_sum;  // M [bottleneck, columns], duᵀz [columns, bottleneck]
     down_sum.clear();
     up_sum.clear();
-    C hidden_sum[2] = {};  // of two neighbours, over rows that are as many apart as there are warps
+    C hidden_sum = 0;
     const bool input_gradient = block == 0 && wanted.x();
     const bool wants_x = wanted.down() || (input_gradient && pre);
     const auto fill_down = [&](int piece) {
@@ -983,13 +983,11 @@ __global__ __launch_bounds__(
         down_sum.template multiply<false, false>(hidden_gradient, kBlockPitch<P>,
                                                  shared_at<T>(layout.x), kBlockPitch<P>, rows);
         const int thread = thread_index();
-        const T* of_pair = hidden_gradient + thread / 32 * kBlockPitch<P> + thread % 32 * 2;
+        constexpr int step = kThreads / kBlock;
+        const T* of_column = hidden_gradient + thread / kBlock * kBlockPitch<P> + thread % kBlock;
 #pragma unroll 4
-        for (int i = 0; i < rows / S::kWarps; ++i, of_pair += S::kWarps * kBlockPitch<P>) {
-          C pair[2];
-          load_pair(pair, of_pair);
-          hidden_sum[0] += pair[0];
-          hidden_sum[1] += pair[1];
+        for (int i = 0; i < rows / step; ++i, of_column += step * kBlockPitch<P>) {
+          hidden_sum += static_cast<C>(*of_column);
         }
       }
       if (wanted.up()) {
@@ -1052,13 +1050,11 @@ __global__ __launch_bounds__(
         const WarpTile<S> warp;
         const int row = warp.first_row + warp.g;
         bool is_active[2];
-        C of_row[2][4];
         X* to[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int i = row + 8 * half;
           is_active[half] = tile.active()[i];
-          load_aligned(of_row[half], row_sums + 4 * i);
           to[half] = static_cast<X*>(b.grad_x) + tile.row()[i] * width + column_block * kBlock;
         }
         const X* const upstream_from = gradient_part + row * part_pitch;
@@ -1066,14 +1062,15 @@ __global__ __launch_bounds__(
         const auto write = [&]<bool usual>() {
           product.template write_rows<X>(
               [&](int half, int at, C(&gradient)[2]) {
-                C upstream[2], values[2] = {}, weight[2] = {};
+                C upstream[2], values[2] = {}, weight[2] = {}, of_row[4] = {};
                 load_pair(upstream, upstream_from + 8 * half * part_pitch + at);
                 if (usual || pre) {
+                  load_aligned(of_row, row_sums + 4 * (row + 8 * half));
                   load_pair(values, values_from + 8 * half * part_pitch + at);
                   load_aligned(weight, shared_at<C>(layout.norm_weight) + at);
                 }
-                change.template operator()<usual>(of_row[half], is_active[half], weight, upstream,
-                                                  values, gradient);
+                change.template operator()<usual>(of_row, is_active[half], weight, upstream, values,
+                                                  gradient);
               },
               [&](int half, int at, const auto& words) {
                 if (row + 8 * half < count) store_words<Space::kGlobal>(to[half] + at, words);
@@ -1116,11 +1113,11 @@ __global__ __launch_bounds__(
       C* const hidden_sums = shared_at<C>(layout.hidden_sum);
       __syncthreads();
       down_sum.template store<Space::kShared>(total(), kSumPitch<C>);
-      store_pair<Space::kShared>(hidden_sums + 2 * thread_index(), hidden_sum[0], hidden_sum[1]);
+      hidden_sums[thread_index()] = hidden_sum;
       __syncthreads();
       if (const int thread = thread_index(); thread < kBlock) {
         C sum = 0;
-        for (int warp = 0; warp < S::kWarps; ++warp) sum += hidden_sums[warp * kBlock + thread];
+        for (int other = thread; other < kThreads; other += kBlock) sum += hidden_sums[other];
         hidden_sums[thread] = sum;
         const int64_t j = block * kBlock + thread;
         if (range().sums && j < params.padded) range().sums[2 * params.padded * kBlock + j] = sum;
@@ -1373,7 +1370,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
   // What a tile of rows needs; afterwards its place holds a tile of sums, and Σ dh of each thread.
   SharedRoom total = room;
   layout.total = total.take<C>(kBlock * kSumPitch<C>);
-  layout.hidden_sum = total.take<C>(S::kWarps * kBlock);
+  layout.hidden_sum = total.take<C>(S::kThreads);
   layout.x = room.take<T>(rows * kBlockPitch<P>);
   layout.gradient = room.take<T>(rows * kBlockPitch<P>);
   // Pieces of left operands, before x and du are there or when they have been multiplied.

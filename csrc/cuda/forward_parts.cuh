@@ -1,5 +1,6 @@
-// Both products of a forward for large tiles of 16-bit elements, with rows of whole blocks of
-// columns (RowTile::whole): no operand is made in shared memory.
+// The forward of large tiles of 16-bit elements, where rows and weights have nothing but whole
+// vectors: operands of the first product are made in registers, and those of the second are read
+// once.
 //
 // The parts of the columns (ColumnOrder) are worked on at the same time, a block of 64 columns of
 // each in a round: its columns of x where they are not in shared memory, and its weights, which are
@@ -113,7 +114,7 @@ class PartProducts {
       copy_async_commit();
     };
     tile_.bring_norm(0, tile_.width);
-    bring(0);
+    bring(0);  // one more group, behind those of the rows
     tile_.template normalize<true>([&](int step) {
       if (step >= first_step(3)) {
         copy_async_wait<1>();
@@ -227,7 +228,7 @@ class PartProducts {
   };
   // How rows are brought: steps of a warp's vectors, in groups.
   static constexpr int kRowsOfWarp = 4, kGroups = 4, kStepColumns = 32 * kVector<X>;
-  static_assert(kRowsOfWarp * S::kWarps == S::kRows);
+  static_assert(kRowsOfWarp * S::kWarps == S::kRows);  // as normalize() has them
   __device__ __forceinline__ int first_step(int group) const {
     return (tile_.layout.x_columns + kStepColumns - 1) / kStepColumns * group / kGroups;
   }

@@ -12,7 +12,7 @@ namespace adapter_ext::cuda {
 // How sums over the columns of x are taken, by all kernels alike, so that a row's bits do not
 // depend on which of them made it: along k in a chunk of columns, chunk by chunk in a part of the
 // columns, and part by part; chunks and parts from the last to the first. Large tiles make the
-// parts at the same time.
+// parts at the same time (PartProducts), decode makes chunks by different blocks.
 struct ColumnOrder {
   static constexpr int kParts = 4;
 
@@ -40,6 +40,7 @@ struct ColumnOrder {
     return begins;
   }
 };
+
 // Buffers of weights in decode, where weights are nearly all that is read.
 inline constexpr int kDownStages = 4;
 
@@ -337,9 +338,10 @@ class ForwardTile : public RowTile<X, P, S> {
     return shared_at<X>(layout.x_stage[step & 1]);
   }
   // Starts bringing columns of x to a stage, vectors of a row by neighbouring threads.
-  template <int columns>
-  __device__ __forceinline__ void bring_stage(X* to, int column) const {
-    constexpr int n = kVector<X>, across = columns / n, down = S::kThreads / across;
+  __device__ __forceinline__ void bring_stage(int step) const {
+    constexpr int n = kVector<X>, across = kStep<P> / n, down = S::kThreads / across;
+    X* const to = stage(step);
+    const int column = step * kStep<P>;
     const int thread = static_cast<int>(threadIdx.x), own = thread / across,
               at = thread % across * n;
 #pragma unroll
@@ -418,7 +420,7 @@ class ForwardTile : public RowTile<X, P, S> {
       if (step >= begin) {
         weights.template fill<whole>(buffer(step), kStepPitch<P>, this->rounding);
         weights.move(0, -kStep<P>);
-        if (whole && staged(step)) bring_stage<kStep<P>>(stage(step), step * kStep<P>);
+        if (whole && staged(step)) bring_stage(step);
       }
       copy_async_commit();
     };
