@@ -161,7 +161,7 @@ EXEMPTIONS = (
         ),
     ),
     Exemption(
-        "of rows of 8 KiB most columns are read again, since buffers for four parts have their room",
+        "of rows of 8 KiB most columns are read again: buffers for four parts have their room",
         DRAM,
         1.14,
         lambda case: (
@@ -174,18 +174,6 @@ EXEMPTIONS = (
         DRAM,
         1.17,
         lambda case: case.mode == "forward" and case.rows <= 256,
-    ),
-    Exemption(
-        "sums of 256 columns, as many bytes as x where r = 64",
-        DRAM,
-        1.205,
-        lambda case: (
-            case.mode == "decode"
-            and case.dtype == "bf16"
-            and case.bottleneck == 64
-            and case.adapters == 1
-            and case.hidden_size > 512
-        ),
     ),
     Exemption(
         "sums of 128 columns, so that rows of 512 have four parts",
