@@ -242,6 +242,7 @@ class PartProducts {
   __device__ __forceinline__ void finish_as() const {
     const ForwardParams& params = tile_.params;
     const LinearAdapterForward& f = tile_.f;
+    const Dropout dropout(f, params.dropout);
     const Warp warp;
     const int lane = warp.lane, t = lane % 4, part = warp.index / kDown;
     const int first_row = warp.index % 2 * 32, first_column = warp.index / 2 % 2 * 32;
@@ -353,7 +354,7 @@ class PartProducts {
             add_bits(d, x_bits[m][half]);
           } else if (there[m][half]) {
             const int i = own_row + 16 * m + 8 * half;
-            Dropout(f, params.dropout).apply(d, tile_.row()[i], column + own_column);
+            dropout.apply(d, tile_.row()[i], column + own_column);
             const float scale = static_cast<float>(params.depth.kept_scale);
             const bool active = tile_.active()[i];
 #pragma unroll

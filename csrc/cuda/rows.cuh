@@ -24,7 +24,6 @@ struct SharedLayout {
   int x_pitch;
   int x_stage[2];  // [rows, kStagePitch]: some of the others, on their way before they are used
   bool x_staged;
-  bool by_parts;        // there are buffers for PartProducts
   int norm_columns;     // 0: there is no room
   int activated_pitch;  // in elements
   int bytes;
