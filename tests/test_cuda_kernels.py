@@ -166,6 +166,21 @@ class TestKernels:
             )
         )
 
+    @pytest.mark.parametrize("stacked", [False, True])
+    @every_dtype
+    def test_large_tiles_of_several_adapters(
+        self, dtype: torch.dtype, stacked: bool, multiprocessors: int
+    ) -> None:
+        """Some rows have none."""
+        check(
+            Case(
+                shape=(180 * multiprocessors, 128),
+                bottlenecks=(24, 24) if stacked else (16, 40),
+                stacked=stacked,
+                dtype=dtype,
+            )
+        )
+
     @every_norm_position
     def test_sums_over_ranges_of_rows_with_a_long_bottleneck(self, norm_position: str) -> None:
         """They were written beyond their place: on a GPU, to pointers of the adapter."""

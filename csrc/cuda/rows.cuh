@@ -14,7 +14,7 @@ struct SharedLayout {
   int row, mean, rstd, active;  // [rows]
   int x;                        // [rows, x_pitch] of x's type
   int left[2];                  // operands of the first product, [rows, kStep]
-  int weights[2];               // [64, kStep], and behind them more, for decode
+  int weights[2];               // [64, kStep], and behind them more: see `stages` below
   int activated;                // operands of the second product: [rows, bottleneck], or (where
                                 // that does not fit: not `activated_resident`) none
   int sums;                     // results [rows, 64]
@@ -22,7 +22,7 @@ struct SharedLayout {
   bool activated_resident;
   int x_columns;  // the last ones, as many as shared memory has room for
   int x_pitch;
-  int x_stage[2];  // [rows, kStagePitch]: some of the others, on their way before they are used
+  int x_stage[2];  // [rows, kStagePitch] a step: others, on their way before they are used
   bool x_staged;
   int norm_columns;     // 0: there is no room
   int activated_pitch;  // in elements
@@ -64,7 +64,8 @@ inline constexpr int kWeightBytes =
 // as those for left operands, and have room for these and for sums.
 inline constexpr int64_t kPartTiles = 8;
 
-// Buffers of both products, within the limit; `stages` of them for weights.
+// Buffers of both products, within the limit; `stages` of them for weights: 2, or what decode and
+// PartProducts need.
 template <class X, class P, class S>
 SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit, int64_t stages = 2) {
   using T = typename P::Operand;
