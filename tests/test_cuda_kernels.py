@@ -177,6 +177,7 @@ class TestKernels:
                 shape=(180 * multiprocessors, 128),
                 bottlenecks=(24, 24) if stacked else (16, 40),
                 stacked=stacked,
+                routing="untouched",
                 dtype=dtype,
             )
         )
