@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <span>
 
 #include "cpu/kernels.h"
@@ -326,7 +327,7 @@ class RowPass {
         block_columns_(pre_ ? kColumnBlock : width_),
         stride_(padded<C>(block_columns_) + kRowPadding<C>),
         gradient_stride_(pre_ ? steps<Product>(block_columns_) + kRowPadding<C> : stride_),
-        hidden_stride_(padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>) {
+        hidden_stride_(hidden_stride(problem)) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
     const int64_t up_size = Weights::size(width_, r);
     const int64_t up_transposed_size = Weights::size(r, width_);
@@ -360,20 +361,63 @@ class RowPass {
                    });
   }
 
+  // A task's share of the bottleneck of a segment: dz of all rows, c1 and c0; then a share of the
+  // rows, for what those are needed for. The tasks share so many elements.
+  static int64_t shared_elements(const LinearAdapterBackward& problem) {
+    return (kMostBlockRows + 2) * hidden_stride(problem);
+  }
+  void run_gradient(const Segment& segment, int64_t task, int64_t tasks, C* shared) {
+    if (!Wanted(p_, segment.adapter, pre_).anything()) return;
+    prepare_adapter(segment);
+    if (!wants_hidden_) return;
+    prepare_weights(segment.rows);
+    use(shared);
+    const auto [first, columns] = share<C>(view_.bottleneck, task, tasks);
+    sum_down(first, columns);
+    Ahead nothing;
+    project_gradient(segment, 0, segment.rows, first, columns, nothing);
+  }
+  void run_rows(const Segment& segment, int64_t task, int64_t tasks, C* shared) {
+    if (!Wanted(p_, segment.adapter, pre_).anything()) return;
+    prepare_adapter(segment);
+    const int64_t first = segment.rows * task / tasks;
+    const int64_t count = segment.rows * (task + 1) / tasks - first;
+    activate_rows(segment, first, count);
+    if (!wants_hidden_) return;
+    use(shared);
+    hidden_gradient_ += first * hidden_stride_;
+    finish_hidden(segment, first, count);
+  }
+
  private:
+  static int64_t hidden_stride(const LinearAdapterBackward& problem) {
+    return padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
+  }
+
   int64_t row(const Segment& segment, int64_t i) const {
     return Plan::row(segment, p_.routing.rows_per_sample, i);
   }
 
-  void prepare_adapter(const Segment& segment, int64_t rows) {
+  // Makes and reads dz, c1 and c0 there.
+  void use(C* shared) {
+    hidden_gradient_ = shared;
+    down_weight_ = shared + kMostBlockRows * hidden_stride_;
+    down_bias_ = down_weight_ + hidden_stride_;
+  }
+
+  void prepare_adapter(const Segment& segment) {
     view_ = adapter_view(p_.adapters, segment.adapter);
-    const int64_t r = view_.bottleneck;
-    unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
-    unpack_vector<X>(p_.weight_type, view_.norm_bias, width_, norm_bias_);
     wants_hidden_ = Wanted(p_, segment.adapter, pre_).hidden_gradient;
     const OutputGradient<C> of_output(p_, plan_, segment);
     wants_out_ = !pre_ || of_output.penalized();
     stored_ = pre_ && of_output.stored(dropout_);
+  }
+
+  // For products with so many rows.
+  void prepare_weights(int64_t rows) {
+    const int64_t r = view_.bottleneck;
+    unpack_vector<X>(p_.weight_type, view_.norm_weight, width_, norm_weight_);
+    unpack_vector<X>(p_.weight_type, view_.norm_bias, width_, norm_bias_);
     if (wants_hidden_) {
       up_.prepare(p_, view_.up, view_.up_stride, width_, r, false, rows, packed_up_);
     }
@@ -381,19 +425,22 @@ class RowPass {
       up_transposed_.prepare(p_, view_.up, view_.up_stride, r, width_, true, rows,
                              packed_up_transposed_);
     }
-    if (pre_ && wants_hidden_) {
-      with_weights<X>(p_.weight_type, view_.down, [&](const auto* down) {
-        constexpr int together = 4;  // rows of down: sums that do not wait for each other
-        int64_t j = 0;
-        for (; j + together <= r; j += together) sum_down<together>(down, j);
-        for (; j < r; ++j) sum_down<1>(down, j);
-      });
-    }
   }
 
   // c1 and c0 for some rows of down.
+  void sum_down(int64_t first, int64_t count) {
+    if (!pre_) return;
+    with_weights<X>(p_.weight_type, view_.down, [&](const auto* down) {
+      constexpr int together = 4;  // sums that do not wait for each other
+      const int64_t end = first + count;
+      int64_t j = first;
+      for (; j + together <= end; j += together) sum_rows<together>(down, j);
+      for (; j < end; ++j) sum_rows<1>(down, j);
+    });
+  }
+
   template <int rows, class W>
-  void sum_down(const W* down, int64_t first) {
+  void sum_rows(const W* down, int64_t first) {
     Vector<C> weight_sum[rows] = {}, bias_sum[rows] = {};
     for_each_vector<C>(width_, [&](int64_t c, auto extent) {
       const Vector<C> weight = load<C>(norm_weight_ + c, extent);
@@ -415,7 +462,11 @@ class RowPass {
     const Segment& segment = *block.segment;
     const int64_t first = block.first, count = block.count;
     if (!Wanted(p_, segment.adapter, pre_).anything()) return;
-    if (prepared_ != segment.adapter) prepare_adapter(segment, rows_in_task);
+    if (prepared_ != segment.adapter) {
+      prepare_adapter(segment);
+      prepare_weights(rows_in_task);
+      if (wants_hidden_) sum_down(0, view_.bottleneck);
+    }
     prepared_ = segment.adapter;
     Ahead ahead;
     if (next.count > 0) {
@@ -424,6 +475,13 @@ class RowPass {
       ahead.set(next_, second_pass_pieces<X>(p_, results_.range.segments[0], next_));
     }
     activate_rows(segment, first, count);
+    project_gradient(segment, first, count, 0, view_.bottleneck, ahead);
+    if (wants_hidden_) finish_hidden(segment, first, count);
+  }
+
+  // Some columns of dz = do up, and what it takes.
+  void project_gradient(const Segment& segment, int64_t first, int64_t count, int64_t first_hidden,
+                        int64_t hidden_columns, Ahead& ahead) {
     for (int64_t column = 0; column < width_; column += block_columns_) {
       const int64_t columns = std::min(block_columns_, width_ - column);
       if (wants_out_) {
@@ -441,11 +499,10 @@ class RowPass {
         }
       }
       if (wants_hidden_) {
-        up_.multiply(count, column, columns, 0, view_.bottleneck, gradient, hidden_gradient_,
-                     hidden_stride_, column > 0, ahead);
+        up_.multiply(count, column, columns, first_hidden, hidden_columns, gradient,
+                     hidden_gradient_ + first_hidden, hidden_stride_, column > 0, ahead);
       }
     }
-    if (wants_hidden_) finish_hidden(segment, first, count);
   }
 
   void activate_rows(const Segment& segment, int64_t first, int64_t count) {
@@ -1115,13 +1172,29 @@ void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Pa
   const bool carries = longest > ranges.most_rows;
   Results results(problem, std::min(plan.active.rows, ranges.most_rows), count,
                   carries ? tiles.count * tiles.sum_size(problem.hidden_stride) : 0);
+  const bool columns_shared = shares_columns(problem, plan, threads);
+  std::unique_ptr<C[]> shared;
+  if (columns_shared) shared.reset(new C[static_cast<size_t>(Rows::shared_elements(problem))]);
   ranges.for_each(segments, results.range, [&] {
     const Range& range = results.range;
-    const int64_t row_tasks = std::min(threads, (range.rows + kTileRows - 1) / kTileRows);
-    parallel(row_tasks, [&](int64_t task) {
-      [[maybe_unused]] const Setup setup;
-      Rows(problem, plan, results).run(task, row_tasks);
-    });
+    if (columns_shared) {
+      for (const Segment& segment : range.segments) {
+        parallel(threads, [&](int64_t task) {
+          [[maybe_unused]] const Setup setup;
+          Rows(problem, plan, results).run_gradient(segment, task, threads, shared.get());
+        });
+        parallel(threads, [&](int64_t task) {
+          [[maybe_unused]] const Setup setup;
+          Rows(problem, plan, results).run_rows(segment, task, threads, shared.get());
+        });
+      }
+    } else {
+      const int64_t row_tasks = std::min(threads, (range.rows + kTileRows - 1) / kTileRows);
+      parallel(row_tasks, [&](int64_t task) {
+        [[maybe_unused]] const Setup setup;
+        Rows(problem, plan, results).run(task, row_tasks);
+      });
+    }
     const int64_t column_tasks =
         std::min(threads, tiles.count * static_cast<int64_t>(range.segments.size()));
     parallel(column_tasks, [&](int64_t task) {

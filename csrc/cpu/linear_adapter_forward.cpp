@@ -173,7 +173,7 @@ class Forward {
   void run_down(const Segment& segment, int64_t task, int64_t tasks, C* hidden) {
     prepare_adapter(segment, segment.rows);
     start_rows(segment, 0, segment.rows);
-    const auto [first, columns] = share(view_.bottleneck, task, tasks);
+    const auto [first, columns] = share<C>(view_.bottleneck, task, tasks);
     project_down(segment.rows, first, columns, hidden);
     if (task == 0) save_moments(segment.rows);
   }
@@ -182,25 +182,13 @@ class Forward {
     start_rows(segment, 0, segment.rows);
     if (task == 0) save_hidden(segment.rows, hidden);
     activate_rows(segment.rows, hidden);
-    const auto [first, columns] = share(width_, task, tasks);
+    const auto [first, columns] = share<C>(width_, task, tasks);
     project_up(segment.rows, first, columns);
   }
 
  private:
   static int64_t hidden_stride(const LinearAdapterForward& problem) {
     return padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
-  }
-
-  // In whole panels.
-  struct Share {
-    int64_t first;
-    int64_t columns;
-  };
-  static Share share(int64_t columns, int64_t task, int64_t tasks) {
-    const auto end = [&](int64_t tasks_before) {
-      return std::min(columns, tasks_before * panels<C>(columns) / tasks * kPanel<C>);
-    };
-    return {end(task), end(task + 1) - end(task)};
   }
 
   const X* x(int64_t i) const { return static_cast<const X*>(p_.x) + row_[i] * width_; }
@@ -378,20 +366,6 @@ void run_by_rows(const LinearAdapterForward& problem, const Plan& plan, const Pa
   });
 }
 
-// Whether tasks share the columns of both products rather than the rows. Where an adapter's rows
-// are few, most of the time goes into reading its weights, which is then shared too; not so the
-// norm of the rows. The post norm, and the auxiliary loss, would have to wait for whole rows.
-bool shares_columns(const LinearAdapterForward& problem, const Plan& plan, int64_t tasks) {
-  constexpr int64_t worthwhile = 1 << 18;  // elements of a weight; entering tasks takes time too
-  const int64_t r = problem.hidden_stride;
-  bool few_rows = true;
-  for (const Segment& segment : plan.active.segments) {
-    few_rows = few_rows && segment.rows <= std::min(kMostBlockRows, r / 2);
-  }
-  return few_rows && static_cast<int64_t>(plan.active.segments.size()) < tasks &&
-         problem.norm_position == NormPosition::kPre && r * problem.hidden_size >= worthwhile;
-}
-
 template <class X, class Product>
 void run_by_columns(const LinearAdapterForward& problem, const Plan& plan,
                     const Parallel& parallel) {
@@ -437,7 +411,7 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
   if (problem.l2_lambda) penalties.reset(new C[static_cast<size_t>(plan.active.rows)]);
   if (plan.active.rows > 0) {
     with_product<X>(problem, [&]<class Product>() {
-      if (!penalties && shares_columns(problem, plan, parallel.threads)) {
+      if (shares_columns(problem, plan, parallel.threads)) {
         run_by_columns<X, Product>(problem, plan, parallel);
       } else {
         run_by_rows<X, Product>(problem, plan, parallel, penalties.get());

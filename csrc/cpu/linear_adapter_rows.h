@@ -347,6 +347,35 @@ struct Dropout {
   }
 };
 
+// A task's share of the columns of a matrix, in whole panels.
+struct Share {
+  int64_t first;
+  int64_t columns;
+};
+template <class C>
+Share share(int64_t columns, int64_t task, int64_t tasks) {
+  const auto end = [&](int64_t tasks_before) {
+    return std::min(columns, tasks_before * panels<C>(columns) / tasks * kPanel<C>);
+  };
+  return {end(task), end(task + 1) - end(task)};
+}
+
+// Whether tasks share the columns of products with the weights rather than the rows. Where an
+// adapter's rows are few, most of the time goes into reading its weights, which is then shared too;
+// not so what is done with whole rows. The post norm, and the auxiliary loss, would have to wait
+// for those.
+inline bool shares_columns(const LinearAdapterProblem& problem, const Plan& plan, int64_t tasks) {
+  constexpr int64_t worthwhile = 1 << 18;  // elements of a weight; entering tasks takes time too
+  const int64_t r = problem.hidden_stride;
+  bool few_rows = true;
+  for (const Segment& segment : plan.active.segments) {
+    few_rows = few_rows && segment.rows <= std::min(kMostBlockRows, r / 2);
+  }
+  return few_rows && static_cast<int64_t>(plan.active.segments.size()) < tasks &&
+         problem.norm_position == NormPosition::kPre && !problem.l2_lambda &&
+         r * problem.hidden_size >= worthwhile;
+}
+
 // Rows of a segment that are worked on together.
 struct Block {
   const Segment* segment;
