@@ -275,22 +275,31 @@ ADAPTER_EXT_HOST_DEVICE T* opaque(T* pointer) {
   return pointer;
 }
 
-// A tile of a product, whose left operand is contiguous along k, or along the rows. Asks for what
-// lies `b_ahead` of the right operand's rows beforehand, unless that is 0.
+// Rows of a panel, which the next tile reads or writes. They may lie so far apart that the hardware
+// does not see where the next one is, and are asked for one at a time, since the buffers for lines
+// on their way are few.
+struct RowsAhead {
+  const char* row;
+  int64_t stride;  // bytes
+  int64_t count;
+
+  template <class C>
+  static RowsAhead of(const C* row, int64_t stride, int64_t count) {
+    return {reinterpret_cast<const char*>(row), stride * int64_t{sizeof(C)}, count};
+  }
+};
+
+// A tile of a product, whose left operand is contiguous along k, or along the rows. Asks for two
+// sorts of rows ahead, then for other pieces.
 template <class C, class Product, bool along_k, int rows, int vectors>
-static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k,
-                 int64_t b_ahead, C* out, int64_t out_row, Into into, Ahead& pieces_ahead) {
+static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k, C* out,
+                 int64_t out_row, Into into, const RowsAhead (&rows_ahead)[2],
+                 Ahead& pieces_ahead) {
   using V = Vector<C>;
+  RowsAhead next_rows = rows_ahead[0];
+  bool first_rows = true;
   Ahead ahead = pieces_ahead;
   V sum[rows][vectors] = {};
-  C* to = out;
-  if (into != Into::kStream) {
-#pragma GCC unroll 16
-    for (int row = 0; row < rows; ++row, to += out_row) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + v * kLanes<C>, 1);
-    }
-  }
   // Along k, a pointer for every third row: with one for all, the rows' offsets take more registers
   // than there are.
   constexpr int group = along_k ? 3 : rows;
@@ -305,10 +314,6 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
     V right[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
-    if (b_ahead != 0) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + b_ahead + v * kLanes<C>);
-    }
     b += b_k;
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
@@ -319,6 +324,18 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
       }
     }
   };
+  const auto ask_ahead = [&] {
+    if (next_rows.count == 0) return ahead.next_line();
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(next_rows.row + v * kVectorBytes, 0, 2);
+    }
+    next_rows.row += next_rows.stride;
+    if (--next_rows.count == 0 && first_rows) {
+      next_rows = rows_ahead[1];
+      first_rows = false;
+    }
+  };
   const auto advance = [&](int64_t steps) {
 #pragma GCC unroll 4
     for (const C*& first : a) first += steps * k_stride;
@@ -326,14 +343,14 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
   // Two steps at a time: counting and advancing take execution units from the arithmetic.
   int64_t k = 0;
   for (; k + 2 <= k_count; k += 2) {
-    ahead.next_line();
+    ask_ahead();
     step(0);
     step(k_stride);
     advance(2);
   }
   if (k < k_count) step(0);
   pieces_ahead = ahead;
-  to = opaque(out);
+  C* to = opaque(out);
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row, to += out_row) {
 #pragma GCC unroll 4
@@ -351,15 +368,15 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
 template <class C, class Product, bool along_k, int vectors, int rows = kTileRows>
 ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
                                           const LeftOperand<C>& left, const C* b, int64_t b_k,
-                                          int64_t b_ahead, C* out, int64_t out_row, Into into,
-                                          Ahead& ahead) {
+                                          C* out, int64_t out_row, Into into,
+                                          const RowsAhead (&rows_ahead)[2], Ahead& ahead) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
-      tile<C, Product, along_k, rows, vectors>(k_count, left, b, b_k, b_ahead, out, out_row, into,
-                                               ahead);
+      tile<C, Product, along_k, rows, vectors>(k_count, left, b, b_k, out, out_row, into,
+                                               rows_ahead, ahead);
     } else {
-      tile_of_rows<C, Product, along_k, vectors, rows - 1>(row_count, k_count, left, b, b_k,
-                                                           b_ahead, out, out_row, into, ahead);
+      tile_of_rows<C, Product, along_k, vectors, rows - 1>(row_count, k_count, left, b, b_k, out,
+                                                           out_row, into, rows_ahead, ahead);
     }
   }
 }
@@ -449,26 +466,38 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
   // Tiles of equal size: a small last one would take almost as long as a whole one.
   const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t even = rows / std::max<int64_t>(row_tiles, 1), larger = rows - even * row_tiles;
+  const auto tile_rows = [&](int64_t i) { return even + (i < larger ? 1 : 0); };
   constexpr int64_t block_steps = kBlockK / Product::kElements;
   for (int64_t k = 0; k < k_count; k += block_steps) {
     const int64_t block = std::min(block_steps, k_count - k);
     for (int64_t column = 0, panel = 0; column < columns; column += kPanel<C>, ++panel) {
       const C* b = right.data + panel * right.panel_stride + k * right.k_stride;
       const bool narrow = columns - column <= kLanes<C>;
-      // The hardware does not see where the next panel is if its rows lie far apart: the last tile
-      // asks for it.
-      const bool apart = right.k_stride > kPanel<C> && columns - column > kPanel<C>;
+      const bool last_panel = columns - column <= kPanel<C>;
+      const bool apart = !last_panel && right.k_stride > kPanel<C>;
       for (int64_t row = 0, i = 0, count; row < rows; row += count, ++i) {
-        count = even + (i < larger ? 1 : 0);
+        count = tile_rows(i);
         C* to = out + row * out_row + column;
-        const int64_t b_ahead = apart && row + count == rows ? right.panel_stride : 0;
+        // The next tile's results, and a share of the next panel.
+        RowsAhead rows_ahead[2] = {};
+        RowsAhead* set = rows_ahead;
+        if (into != Into::kStream && row + count < rows) {
+          *set++ = RowsAhead::of(to + count * out_row, out_row, tile_rows(i + 1));
+        } else if (into != Into::kStream && !last_panel) {
+          *set++ = RowsAhead::of(out + column + kPanel<C>, out_row, tile_rows(0));
+        }
+        if (apart) {
+          const int64_t first = block * i / row_tiles, end = block * (i + 1) / row_tiles;
+          *set = RowsAhead::of(b + right.panel_stride + first * right.k_stride, right.k_stride,
+                               end - first);
+        }
         const auto run = left.k_stride == 1
                              ? (narrow ? tile_of_rows<C, Product, true, 1>
                                        : tile_of_rows<C, Product, true, kPanelVectors>)
                              : (narrow ? tile_of_rows<C, Product, false, 1>
                                        : tile_of_rows<C, Product, false, kPanelVectors>);
-        run(count, block, left.from(row, k), b, right.k_stride, b_ahead, to, out_row,
-            k > 0 ? Into::kSum : into, ahead);
+        run(count, block, left.from(row, k), b, right.k_stride, to, out_row,
+            k > 0 ? Into::kSum : into, rows_ahead, ahead);
       }
     }
   }
