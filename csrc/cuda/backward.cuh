@@ -828,7 +828,8 @@ __global__ __launch_bounds__(
   };
 
   for (int block = 0; block * kBlock < adapter.view.bottleneck; ++block) {
-    Product<P, LargeTile> down_sum, up_sum;  // M [bottleneck, columns], duᵀz [columns, bottleneck]
+    // M [bottleneck, columns], duᵀz [columns, bottleneck]: operands are stored along both.
+    Product<P, LargeTile, WarpTile<P, LargeTile>::kMultipliesAndAdds> down_sum, up_sum;
     down_sum.clear();
     up_sum.clear();
     C hidden_sum = 0;
@@ -1047,7 +1048,7 @@ __global__ __launch_bounds__(
         }
       };
       if (params.whole) {  // where the sums are
-        const WarpTile<S> warp;
+        const WarpTile<P, S> warp;
         const int row = warp.first_row + warp.g;
         bool is_active[2];
         X* to[2];

@@ -1,9 +1,10 @@
 // Products of tiles in shared memory by one block: sum [rows, 64] += a [rows, k] b [k, 64].
 //
-// All of them, by tensor cores or not, leave the sums in the layout of mma.m16n8: a warp has 16
-// rows and some tiles of 8 columns; of a tile, lane 4 g + t has columns 2 t and 2 t + 1 of row g in
-// elements 0 and 1, of row g + 8 in elements 2 and 3. An element's sum is taken in the order of k,
-// whatever the tile it falls in.
+// Tensor cores leave the sums in the layout of mma.m16n8: a warp has 16 rows and some tiles of 8
+// columns; of a tile, lane 4 g + t has columns 2 t and 2 t + 1 of row g in elements 0 and 1, of row
+// g + 8 in elements 2 and 3. Multiply-adds leave them in the same, or for more sums a lane in two
+// such tiles below each other, but by other lanes: see WarpTile. An element's sum is taken in the
+// order of k, whatever the tile it falls in.
 #pragma once
 
 #include "cuda/types.cuh"
@@ -50,17 +51,28 @@ inline constexpr int kBlockPitch =
     kBlock + (sizeof(typename P::Operand) == 4 ? 8 : 16 / sizeof(typename P::Operand));
 
 // Which part of [rows, 64] this warp has.
-template <class S>
+//
+// Multiply-adds take as long to read operands from shared memory as to multiply them, so a lane has
+// as many rows as columns where there are enough sums for that. Of 16 bytes a lane, shared memory
+// gives a warp half as much at a time unless lanes i and i ^ 1, or all i and i ^ 2, read the same:
+// the former do of left operands, which depend on g, the latter of right ones, which depend on t.
+template <class P, class S>
 struct WarpTile {
-  static constexpr int kDown = S::kRows / 16, kAcross = S::kWarps / kDown;
-  static constexpr int kColumns = kBlock / kAcross, kTiles = kColumns / 8;
-  static_assert(kDown * 16 == S::kRows && kDown * kAcross == S::kWarps && kTiles > 0);
+  static constexpr bool kMultipliesAndAdds = std::is_same_v<P, MultiplyAdd<typename P::Sum>>;
+  static constexpr int kRowTiles =
+      kMultipliesAndAdds && S::kRows >= 32 && S::kRows / 16 * 4 / S::kWarps >= 2 ? 2 : 1;
+  static constexpr int kDown = S::kRows / 16 / kRowTiles, kAcross = S::kWarps / kDown;
+  static constexpr int kColumns = kBlock / kAcross, kColumnTiles = kColumns / 8;
+  static_assert(kDown * kRowTiles * 16 == S::kRows && kDown * kAcross == S::kWarps);
+  static_assert(kColumnTiles > 0);
 
   // Of many threads each has few sums, and registers for what is made of its index.
   int thread = S::kThreads > LargeTile::kThreads ? static_cast<int>(threadIdx.x) : thread_index();
   int warp = thread / 32, lane = thread % 32;
-  int first_row = warp % kDown * 16, first_column = warp / kDown * kColumns;
-  int g = lane / 4, t = lane % 4;
+  int first_row = warp % kDown * 16 * kRowTiles, first_column = warp / kDown * kColumns;
+  int g = kMultipliesAndAdds ? (lane >> 1 & 1) | (lane >> 2 & 6) : lane / 4;
+  int t = kMultipliesAndAdds ? (lane & 1) | (lane >> 1 & 2) : lane % 4;
+  static constexpr int kDistance = kMultipliesAndAdds ? 4 : 2;  // to the lane whose t differs by 2
 };
 
 // Turns the sums of a tile of 8 columns into elements of x's type, and has them written:
@@ -81,8 +93,8 @@ __device__ __forceinline__ void write_tile(const C (&sum)[4], int column, int t,
 }
 // The same of two tiles side by side, and elements of 16 bits. Four lanes have two neighbours each
 // in the same row of both tiles, half a sector of memory; they exchange them for four neighbours
-// each, which together are a sector.
-template <class X, class C, class Change, class Write>
+// each, which together are a sector. `distance`: from a lane to the one whose t differs by 2.
+template <class X, int distance = 2, class C, class Change, class Write>
 __device__ __forceinline__ void write_tiles(const C (&first)[4], const C (&second)[4], int column,
                                             int t, Change&& change, Write&& write) {
 #pragma unroll
@@ -95,7 +107,7 @@ __device__ __forceinline__ void write_tiles(const C (&first)[4], const C (&secon
     const uint32_t pair[2] = {pair_bits<X>(values[0], values[1]),
                               pair_bits<X>(others[0], others[1])};
     const uint32_t own = second_tile ? pair[1] : pair[0];
-    const uint32_t theirs = __shfl_xor_sync(0xffffffffu, second_tile ? pair[0] : pair[1], 2);
+    const uint32_t theirs = __shfl_xor_sync(0xffffffffu, second_tile ? pair[0] : pair[1], distance);
     const bool keeps_own = second_tile == second_half;
     const uint32_t kept = keeps_own ? own : theirs;
     const uint32_t received = __shfl_xor_sync(0xffffffffu, keeps_own ? theirs : own, 1);
@@ -104,14 +116,23 @@ __device__ __forceinline__ void write_tiles(const C (&first)[4], const C (&secon
   }
 }
 
-template <class P, class S>
+// `adjacent`: a lane's rows follow each other, for operands that are stored along the rows; else
+// they are 8 apart.
+template <class P, class S, bool adjacent = false>
 struct Product {
   using T = typename P::Operand;
   using C = typename P::Sum;
-  using Warp = WarpTile<S>;
-  static constexpr int kTiles = Warp::kTiles;
+  using Warp = WarpTile<P, S>;
+  static constexpr int kRowTiles = Warp::kRowTiles, kColumnTiles = Warp::kColumnTiles;
+  static constexpr int kTiles = kRowTiles * kColumnTiles;
+  static_assert(!adjacent || Warp::kMultipliesAndAdds);
 
-  C sum[kTiles][4];
+  C sum[kTiles][4];  // of each row tile, its column tiles
+
+  // Of the lane's rows, the one at a place.
+  static __device__ __forceinline__ int row_of(const Warp& warp, int place) {
+    return warp.first_row + (adjacent ? 2 * kRowTiles * warp.g + place : warp.g + 8 * place);
+  }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -169,29 +190,56 @@ struct Product {
         }
       }
     } else if constexpr (std::is_same_v<P, MultiplyAdd<C>>) {
-      constexpr int n = kVector<C>;
-      const auto read = [](C(&to)[n], const C* tile, int pitch, bool along_k, int index, int k) {
-        if (along_k) return load_aligned(to, tile + index * pitch + k);
-#pragma unroll
-        for (int i = 0; i < n; ++i) to[i] = tile[(k + i) * pitch + index];
-      };
+      constexpr int n = kVector<C>, rows = 2 * kRowTiles;
 #pragma unroll 1
       for (int k = 0; k < depth; k += n) {
-        C left[2][n];
-        const int row = warp.first_row + warp.g;
-        read(left[0], a, a_pitch, a_along_k, row, k);
-        read(left[1], a, a_pitch, a_along_k, row + 8, k);
+        C left[rows][n];
+        if constexpr (adjacent && !a_along_k) {
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          if (skips(i)) break;
-          const int column = warp.first_column + 8 * i + 2 * warp.t;
-          C right[2][n];
-          read(right[0], b, b_pitch, b_along_k, column, k);
-          read(right[1], b, b_pitch, b_along_k, column + 1, k);
+          for (int step = 0; step < n; ++step) {
+            C of_step[rows];
+            load_aligned(of_step, a + (k + step) * a_pitch + row_of(warp, 0));
+#pragma unroll
+            for (int i = 0; i < rows; ++i) left[i][step] = of_step[i];
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < rows; ++i) {
+            const int row = row_of(warp, i);
+            if constexpr (a_along_k) {
+              load_aligned(left[i], a + row * a_pitch + k);
+            } else {
+#pragma unroll
+              for (int step = 0; step < n; ++step) left[i][step] = a[(k + step) * a_pitch + row];
+            }
+          }
+        }
+#pragma unroll
+        for (int tile = 0; tile < kColumnTiles; ++tile) {
+          if (skips(tile)) break;
+          const int column = warp.first_column + 8 * tile + 2 * warp.t;
+          C right[n][2];
+          if constexpr (b_along_k) {
+            C of_columns[2][n];
+            load_aligned(of_columns[0], b + column * b_pitch + k);
+            load_aligned(of_columns[1], b + (column + 1) * b_pitch + k);
+#pragma unroll
+            for (int step = 0; step < n; ++step) {
+              right[step][0] = of_columns[0][step];
+              right[step][1] = of_columns[1][step];
+            }
+          } else {
+#pragma unroll
+            for (int step = 0; step < n; ++step) {
+              load_aligned(right[step], b + (k + step) * b_pitch + column);
+            }
+          }
 #pragma unroll
           for (int step = 0; step < n; ++step) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sum[i][e] += left[e / 2][step] * right[e % 2][step];
+            for (int i = 0; i < 2 * rows; ++i) {
+              sum[i / 4 * kColumnTiles + tile][i % 4] += left[i / 2][step] * right[step][i % 2];
+            }
           }
         }
       }
@@ -257,8 +305,9 @@ struct Product {
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        function(warp.first_row + warp.g + 8 * half, warp.first_column + 8 * i + 2 * warp.t,
-                 sum[i][2 * half], sum[i][2 * half + 1]);
+        function(row_of(warp, i / kColumnTiles * 2 + half),
+                 warp.first_column + i % kColumnTiles * 8 + 2 * warp.t, sum[i][2 * half],
+                 sum[i][2 * half + 1]);
       }
     }
   }
@@ -266,13 +315,14 @@ struct Product {
   // Turns the sums into elements of x's type, and has them written: see write_tile.
   template <class X, class Change, class Write>
   __device__ __forceinline__ void write_rows(Change&& change, Write&& write) {
+    static_assert(kRowTiles == 1);
     const Warp warp;
 #pragma unroll
     for (int i = 0; i < kTiles; i += sizeof(X) == 2 ? 2 : 1) {
       const int column = warp.first_column + 8 * i;
       if constexpr (sizeof(X) == 2) {
         static_assert(kTiles % 2 == 0);
-        write_tiles<X>(sum[i], sum[i + 1], column, warp.t, change, write);
+        write_tiles<X, Warp::kDistance>(sum[i], sum[i + 1], column, warp.t, change, write);
       } else {
         write_tile<X>(sum[i], column, warp.t, change, write);
       }
