@@ -69,6 +69,21 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(groups) : "memory");
 }
 
+// For kernels that a launch may have begin before those launched before them are done. The former
+// says that the next kernel may begin, when all blocks have; the latter waits until the kernels
+// before are done and what they wrote can be read. All threads of a kernel that may begin early
+// have to wait, or who comes next might not see what the kernels before have done.
+__device__ __forceinline__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 // Loads four 8 x 8 matrices of 16-bit elements; lane 8 m + i names row i (16 bytes, aligned) of
 // matrix m. A lane gets elements 2 (lane % 4) and the next of row lane / 4 of each, or of its
 // column where `transposed`.
@@ -194,11 +209,15 @@ inline Limits device_limits() {
   return limits;
 }
 
+// Whether a kernel may begin before the ones before are done.
+enum class Begins { kInTurn, kEarly };
+
 // Runs kernel(params) in `blocks` blocks of `threads` threads, each block with `shared` bytes of
-// shared memory.
+// shared memory. A kernel that begins early calls wait_for_previous(); the device has to know how,
+// and the kernel's code to be made for such a device.
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, int64_t shared,
-            cudaStream_t stream, const Params& params) {
+            cudaStream_t stream, const Params& params, Begins begins = Begins::kInTurn) {
   if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows");
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > 48 * 1024) {
@@ -207,6 +226,23 @@ void launch(const char* name, void (*kernel)(Params), int64_t blocks, int thread
           name);
   }
   void* arguments[] = {const_cast<Params*>(&params)};
+  if (begins == Begins::kEarly) {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, function), name);
+    if (attributes.ptxVersion >= 90) {
+      cudaLaunchAttribute early{};
+      early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early.val.programmaticStreamSerializationAllowed = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<unsigned>(blocks));
+      config.blockDim = dim3(static_cast<unsigned>(threads));
+      config.dynamicSmemBytes = static_cast<size_t>(shared);
+      config.stream = stream;
+      config.attrs = &early;
+      config.numAttrs = 1;
+      return check(cudaLaunchKernelExC(&config, function, arguments), name);
+    }
+  }
   check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)),
                          dim3(static_cast<unsigned>(threads)), arguments,
                          static_cast<size_t>(shared), stream),

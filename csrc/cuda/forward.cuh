@@ -147,6 +147,7 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
     const __grid_constant__ ForwardParams params) {
   using Tile = ForwardTile<X, P, SmallTile>;
   using C = typename P::Sum;
+  let_next_begin();
   const unsigned splits = static_cast<unsigned>(params.splits);
   const int64_t split = blockIdx.x % splits;
   const Depth depth{params.problem, params.depth, params.sample_rows};
@@ -209,7 +210,7 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
   const int64_t first = segment.begin + segment.part * params.parts.size.value;
   if (segment.adapter >= f.routing.adapters || first >= segment.end ||
       !depth.keeps_adapter(segment.adapter)) {
-    return;
+    return wait_for_previous();
   }
   const int64_t left = segment.end - first;
   const int count = left < 16 ? static_cast<int>(left) : 16;
@@ -219,7 +220,10 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
   const int64_t begin = part_of(tile.column_blocks, split, splits);
   const int64_t end = part_of(tile.column_blocks, split + 1, splits);
   auto up = tile.up_product();
-  if (tile.pre) up.start(begin, end - begin);  // weights are on their way while h is summed
+  // Weights are on their way while the kernel before ends and while h is summed.
+  if (tile.pre) up.start(begin, end - begin);
+  let_next_begin();
+  wait_for_previous();
   const int chunks = params.order.chunks;
   constexpr int n = kVector<C>;
   const int stride = static_cast<int>(round_up(f.hidden_stride, n));
@@ -398,9 +402,9 @@ void Forward<X, P>::run(const ForwardCall& call) {
   if (split) {
     params.layout = split_layout;
     params.parts = Parts::make(f, 16, false);
-    const auto launch_split = [&](const char* name, auto kernel) {
+    const auto launch_split = [&](const char* name, auto kernel, Begins begins) {
       launch(name, kernel, params.parts.blocks * params.splits, kThreads, params.layout.bytes,
-             call.stream, params);
+             call.stream, params, begins);
     };
     const int64_t wanted =
         4 * processors / std::max<int64_t>(std::min(tiles, params.parts.blocks), 1);
@@ -410,7 +414,7 @@ void Forward<X, P>::run(const ForwardCall& call) {
                    (chunks + params.splits - 1) / params.splits * params.order.chunk,
                    call.limits.shared_memory);
     }
-    launch_split("linear_adapter's first product", &forward_down_kernel<X, P>);
+    launch_split("linear_adapter's first product", &forward_down_kernel<X, P>, Begins::kInTurn);
     // Each of them reads all sums of the first product, so that more than one for a multiprocessor
     // pay only where a tile has few rows.
     const int64_t tile_rows = (f.rows + tiles - 1) / std::max<int64_t>(tiles, 1);
@@ -418,10 +422,10 @@ void Forward<X, P>::run(const ForwardCall& call) {
     params.splits = std::clamp<int64_t>(std::min(wanted, most), 1, column_blocks);
     if (f.norm_position == NormPosition::kPost) {
       params.statistics = true;
-      launch_split("linear_adapter's statistics", &forward_up_kernel<X, P>);
+      launch_split("linear_adapter's statistics", &forward_up_kernel<X, P>, Begins::kEarly);
       params.statistics = false;
     }
-    launch_split("linear_adapter's second product", &forward_up_kernel<X, P>);
+    launch_split("linear_adapter's second product", &forward_up_kernel<X, P>, Begins::kEarly);
   } else if (large_tiles(f, processors)) {
     forward_whole<X, P, LargestForwardTile<X>>(call, params);
   } else {

@@ -192,7 +192,8 @@ struct Product {
     } else if constexpr (std::is_same_v<P, MultiplyAdd<C>>) {
       constexpr int n = kVector<C>, rows = 2 * kRowTiles;
       // Two steps where there are registers for the operands of both.
-      constexpr int together = whole > 0 && S::kRows == LargeTile::kRows && !adjacent ? 2 : 1;
+      [[maybe_unused]] constexpr int together =
+          whole > 0 && S::kRows == LargeTile::kRows && !adjacent ? 2 : 1;
 #pragma unroll(together)
       for (int k = 0; k < depth; k += n) {
         C left[rows][n];

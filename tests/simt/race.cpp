@@ -54,7 +54,9 @@ uint32_t block_in_launch = 0;  // 0 outside of kernels
 uint32_t clocks[Stacks::kMost / kWarp];
 uint32_t seen[Stacks::kMost][kWarp];
 
-std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+using Pages = std::unordered_map<uintptr_t, std::unique_ptr<Page>>;
+Pages pages;
+std::vector<Pages> earlier_pages;  // of launches that may not be done yet
 uintptr_t last_page_number = 0;
 Page* last_page = nullptr;
 
@@ -174,6 +176,23 @@ void touch_global(GlobalByte& byte, uintptr_t address, Kind kind, const void* pl
   }
 }
 
+// Fails if a launch that may not be done uses the byte, too, and one of both writes.
+void check_earlier(uintptr_t address, Kind kind, const void* place) {
+  for (const Pages& earlier : earlier_pages) {
+    const auto found = earlier.find(address / kPage);
+    if (found == earlier.end()) continue;
+    const GlobalByte& byte = (*found->second)[address % kPage];
+    const bool read = byte.several || byte.reader != 0;
+    if (byte.writer == 0 && (kind == Kind::kRead || !read)) continue;
+    char at[32];
+    snprintf(at, sizeof(at), "0x%zx", static_cast<size_t>(address));
+    fail("race between kernels",
+         std::string(verb(kind)) + " global memory at " + at + ", which a kernel before " +
+             (byte.writer != 0 ? "writes" : "reads") + ", without waiting for it",
+         place);
+  }
+}
+
 // Host code calls the hooks too, perhaps in another thread.
 bool in_kernel() { return block_in_launch != 0 && Stacks::contain(__builtin_frame_address(0)); }
 
@@ -191,7 +210,9 @@ void access(const void* pointer, size_t size, Kind kind, const void* place) {
     return;
   }
   if (Stacks::contain(pointer)) return;
+  const bool early = waits_for_previous();
   for (size_t i = 0; i < size; ++i) {
+    if (early) check_earlier(address + i, kind, place);
     const uintptr_t page = (address + i) / kPage;
     if (page != last_page_number) {
       std::unique_ptr<Page>& found = pages[page];
@@ -210,7 +231,12 @@ void check_alignment(const void* pointer, size_t size, const void* place) {
 
 }  // namespace
 
-void begin_launch() {
+void begin_launch(bool early) {
+  if (early) {
+    earlier_pages.push_back(std::move(pages));
+  } else {
+    earlier_pages.clear();
+  }
   pages.clear();
   last_page_number = 0;
   last_page = nullptr;

@@ -1,5 +1,6 @@
-// Finds accesses to a block's shared memory that no barrier orders, reads of what nobody wrote, and
-// accesses of two blocks to the same global memory.
+// Finds accesses to a block's shared memory that no barrier orders, reads of what nobody wrote,
+// accesses of two blocks to the same global memory, and those of a launch that began early to what
+// the launches before use.
 //
 // Kernels are compiled with -fsanitize=thread, which calls a function before each access to memory;
 // race.cpp defines those functions in place of ThreadSanitizer's. Other builds track nothing.
@@ -11,7 +12,7 @@ namespace simt::race {
 
 #if defined(SIMT_RACE)
 
-void begin_launch();
+void begin_launch(bool early);
 void begin_block(const void* shared, size_t bytes);
 void end_block();
 
@@ -29,7 +30,7 @@ void copy_ends(const void* to, size_t bytes, const void* place);
 
 #else
 
-inline void begin_launch() {}
+inline void begin_launch(bool) {}
 inline void begin_block(const void*, size_t) {}
 inline void end_block() {}
 inline void block_barrier() {}

@@ -52,6 +52,8 @@ struct Thread {
   bool value;
   std::source_location where;
 
+  bool early;  // has not waited for the launches before
+
   std::vector<Copy> copies;    // asynchronous ones, not carried out
   std::vector<size_t> groups;  // how many of them are in each group, the oldest first
 
@@ -155,6 +157,7 @@ bool finish_waiting(Warp& warp, int warp_index, unsigned mask, Execute execute) 
 void thread_returned() {
   Thread& self = *current;
   self.state = State::kReturned;
+  if (self.early) record(&self, "early return", "has not waited for the kernels before", nullptr);
   Warp& warp = warps[self.warp()];
   warp.live &= ~(1u << self.lane());
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -273,6 +276,7 @@ void run_block(Random& random) {
     Thread& thread = threads[i];
     thread.index = i;
     thread.state = State::kReady;
+    thread.early = launch->early;
     thread.copies.clear();
     thread.groups.clear();
     thread.fiber.prepare(static_cast<size_t>(i), &run_thread);
@@ -337,7 +341,7 @@ void run_blocks() {
   }
   SharedMemory memory(static_cast<size_t>(launch->shared_bytes));
   shared = memory.get();
-  race::begin_launch();
+  race::begin_launch(launch->early);
   for (uint64_t i = 0; i < count && !failure; ++i) {
     const uint64_t block = settings.block_order == kRandom    ? order[i]
                            : settings.block_order == kReverse ? count - 1 - i
@@ -563,6 +567,9 @@ void wait_for_lanes(const char* name, unsigned mask, bool whole_warp, void* oper
 void wait_for_warp(unsigned mask) {
   wait_for_lanes_at("__syncwarp", mask, false, nullptr, nullptr, __builtin_return_address(0));
 }
+
+void wait_for_previous() { current->early = false; }
+bool waits_for_previous() { return current && current->early; }
 
 void load_matrices(bool transposed, uint32_t (&to)[4], const void* from) {
   const void* place = __builtin_return_address(0);

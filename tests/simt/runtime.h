@@ -20,6 +20,7 @@ struct Launch {
   dim3 grid;
   int threads;
   int shared_bytes;
+  bool early;  // may begin before the launches before are done, up to wait_for_previous()
   void (*call)(const void* kernel, const void* params);
   const void* kernel;
   const void* params;
@@ -62,6 +63,11 @@ void multiply_add(OperandType type, float (&sum)[4], const uint32_t* a, const ui
 void copy_async(void* to, const void* from, int count);
 void copy_async_commit();
 void copy_async_wait(int groups);
+
+// Waits until launches before are done. They are, as one launch runs at a time; but what they wrote
+// must not be used before, and no thread may return before.
+void wait_for_previous();
+bool waits_for_previous();  // whether the thread that runs has still to do so
 
 // Says that an atomic operation is about to happen.
 void report_atomic(const void* address, int bytes);

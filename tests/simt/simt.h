@@ -266,6 +266,9 @@ __forceinline__ void copy_async_wait() {
   simt::copy_async_wait(groups);
 }
 
+__forceinline__ void let_next_begin() {}
+__forceinline__ void wait_for_previous() { simt::wait_for_previous(); }
+
 template <bool transposed>
 __forceinline__ void load_matrices(uint32_t (&to)[4], const void* shared) {
   simt::load_matrices(transposed, to, shared);
@@ -325,16 +328,18 @@ inline Limits device_limits() {
   return {limits.multiprocessors, limits.shared_bytes};
 }
 
+enum class Begins { kInTurn, kEarly };
+
 template <class Params, class Stream>
 void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, int64_t shared,
-            Stream, const Params& params) {
+            Stream, const Params& params, Begins begins = Begins::kInTurn) {
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
   using Kernel = void (*)(Params);
   const auto call = [](const void* kernel, const void* params) {
     (*static_cast<const Kernel*>(kernel))(*static_cast<const Params*>(params));
   };
-  simt::run({name, dim3(static_cast<unsigned>(blocks)), threads, static_cast<int>(shared), call,
-             &kernel, &params});
+  simt::run({name, dim3(static_cast<unsigned>(blocks)), threads, static_cast<int>(shared),
+             begins == Begins::kEarly, call, &kernel, &params});
 }
 
 }  // namespace adapter_ext::cuda
