@@ -258,7 +258,7 @@ class TestKernels:
     def test_stacked(self) -> None:
         check(Case(bottlenecks=(6, 6, 6), stacked=True, options=TRAINING))
 
-    @pytest.mark.parametrize("adapters", [40, 200])
+    @pytest.mark.parametrize("adapters", [40, 340, 388])
     def test_more_adapters_than_launch_parameters_hold(self, adapters: int) -> None:
         """And more than are searched all together."""
         check(Case(shape=(50, 24), bottlenecks=(3, 1, 2, 4) * (adapters // 4)))

@@ -188,7 +188,6 @@ __device__ __forceinline__ void load_statistics(const RowTile<X, P, S>& tile,
 template <class X, class C>
 __global__ __launch_bounds__(kThreads) void vectors_kernel(
     const __grid_constant__ BackwardParams params) {
-  let_next_begin();
   const LinearAdapterBackward& b = params.problem;
   const unsigned groups = static_cast<unsigned>((b.hidden_stride + kWarps - 1) / kWarps);
   const int64_t a = blockIdx.x / groups;
@@ -253,17 +252,15 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
   using T = typename P::Operand;
   using C = typename P::Sum;
   using Gradient = OutputGradient<X, P, S>;
-  let_next_begin();
   const LinearAdapterBackward& b = params.problem;
   const SharedLayout& layout = params.layout.rows;
   const Depth depth{b, params.depth, params.sample_rows};
   const Segment segment = params.parts.find(b.routing, blockIdx.x);
   const int64_t first = segment.begin + segment.part * rows;
-  if (first >= segment.end) return wait_for_previous();
+  if (first >= segment.end) return;
   const int count = segment.end - first < rows ? static_cast<int>(segment.end - first) : rows;
   const int64_t width = b.hidden_size;
   if (segment.adapter >= b.routing.adapters || !depth.keeps_adapter(segment.adapter)) {
-    wait_for_previous();
     if (!b.grad_x) return;
     const int64_t bytes = width * static_cast<int64_t>(sizeof(X));
     const bool aligned = is_aligned(b.grad_x, bytes) && is_aligned(b.grad_y, bytes);
@@ -494,7 +491,6 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
     __syncthreads();
     const int j = block * kBlock + own_column();
     const bool whole = b.hidden_stride % n == 0;
-    if (block == 0) wait_for_previous();  // for down γ and down β
 #pragma unroll 1
     for (int i = own_row(); i < rows; i += down) {
       const bool is_active = i < count && tile.active()[i];
@@ -780,14 +776,12 @@ __global__ __launch_bounds__(
   using Gradient = OutputGradient<X, P, S>;
   const LinearAdapterBackward& b = params.problem;
   const ColumnLayout& layout = params.layout;
-  let_next_begin();
   const unsigned column_blocks = static_cast<unsigned>(params.column_blocks);
   const int column_block = static_cast<int>(blockIdx.x % column_blocks);
   const Depth depth{b, params.depth, params.sample_rows};
   const auto range = [&]() -> RowRange<C>& { return *shared_at<RowRange<C>>(layout.range); };
   {
     const Segment found = params.parts.find(b.routing, blockIdx.x / column_blocks);
-    wait_for_previous();
     if (found.adapter >= b.routing.adapters) return;
     params.adapters.share(found.adapter, layout.rows.adapter);
     if (thread_index() == 0) {
@@ -1177,7 +1171,6 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
   const Segment segment{static_cast<int>(a), first_position(b.routing, a),
                         first_position(b.routing, a + 1), 0};
   const int64_t length = segment.end - segment.begin;
-  wait_for_previous();
   if (length <= range || !Depth{b, params.depth, params.sample_rows}.keeps_adapter(a)) return;
   const int64_t ranges = params.parts.size.divide(length + range - 1);
   C* const total = shared_at<C>(0);                     // [64, 64]
@@ -1269,7 +1262,7 @@ bool is_plain(const LinearAdapterBackward& b) {
 
 // False where its buffers have no room.
 template <class X, class P, class S>
-bool backward_rows(const BackwardCall& call, BackwardParams& params, Begins begins) {
+bool backward_rows(const BackwardCall& call, BackwardParams& params) {
   constexpr int64_t rows = S::kRows;
   using T = typename P::Operand;
   using C = typename P::Sum;
@@ -1305,7 +1298,7 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params, Begins begi
   if (room.bytes() > call.limits.shared_memory) return false;
   params.parts = Parts::make(b, rows, false);
   launch("linear_adapter_backward: rows", &backward_rows_kernel<X, P, S>, params.parts.blocks,
-         S::kThreads, room.bytes(), call.stream, params, begins);
+         S::kThreads, room.bytes(), call.stream, params);
   return true;
 }
 
@@ -1338,17 +1331,13 @@ void Backward<X, P>::run(const BackwardCall& call) {
     *call.bytes = workspace.bytes();
     return;
   }
-  // Only after a kernel of our own may one begin early: it knows what that does.
-  Begins rows_begin = Begins::kInTurn;
   if (b.norm_position == NormPosition::kPre && adapters > 0 && b.rows > 0) {
-    rows_begin = Begins::kEarly;
     const int64_t groups = (b.hidden_stride + kWarps - 1) / kWarps;
     launch("linear_adapter_backward: vectors", &vectors_kernel<X, C>, adapters * groups, kThreads,
            0, call.stream, params);
   }
-  const bool done =
-      large_tiles(b, processors) && backward_rows<X, P, LargestTile<X>>(call, params, rows_begin);
-  if (!done) backward_rows<X, P, SmallTile>(call, params, rows_begin);
+  const bool done = large_tiles(b, processors) && backward_rows<X, P, LargestTile<X>>(call, params);
+  if (!done) backward_rows<X, P, SmallTile>(call, params);
   if (adapters == 0) return;
 
   ColumnLayout& layout = params.layout;
@@ -1408,14 +1397,14 @@ void Backward<X, P>::run(const BackwardCall& call) {
   room = SharedRoom(layout.stages > 1 ? two_stages : std::max(room.bytes(), total.bytes()));
   params.parts = Parts::make(b, range, true);
   launch("linear_adapter_backward: columns", &backward_columns_kernel<X, P>,
-         params.parts.blocks * params.column_blocks, S::kThreads, room.bytes(), call.stream, params,
-         Begins::kEarly);
+         params.parts.blocks * params.column_blocks, S::kThreads, room.bytes(), call.stream,
+         params);
   if (b.rows > range) {
     launch("linear_adapter_backward: ranges", &backward_ranges_kernel<X, P>,
            2 * adapters * params.column_blocks, LargeTile::kThreads,
            (kBlock * kSumPitch<C> + kBlock + WeightGradients<X, P>::kNormSums) * sizeof(C) +
                sizeof(Adapter),
-           call.stream, params, Begins::kEarly);
+           call.stream, params);
   }
 }
 

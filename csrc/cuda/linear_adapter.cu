@@ -8,16 +8,23 @@
 namespace adapter_ext::cuda {
 namespace {
 
-// Lists that launch parameters have no room for are brought to device memory by them, some at a
-// time: a copy from the caller's memory could not be captured in a CUDA graph.
+// Lists that the launch parameters of other kernels have no room for are brought to device memory
+// by those of a kernel that has no others, some at a time: a copy from the caller's memory could
+// not be captured in a CUDA graph.
+template <int most>
 struct ListParams {
+  static constexpr int kMost = most;
+
   Adapter* to;
   int count;
-  Adapter from[Adapters::kInline];
+  Adapter from[most];
 };
-static_assert(sizeof(ListParams) <= 4096);
+using ShortList = ListParams<64>;
+using LongList = ListParams<320>;
+static_assert(sizeof(LongList) <= 32764);  // as many bytes as a launch can have
 
-__global__ void list_kernel(const __grid_constant__ ListParams params) {
+template <class List>
+__global__ void list_kernel(const __grid_constant__ List params) {
   const int words = params.count * static_cast<int>(sizeof(Adapter) / 8);
   uint64_t* to = reinterpret_cast<uint64_t*>(params.to);
   const uint64_t* from = reinterpret_cast<const uint64_t*>(params.from);
@@ -81,13 +88,18 @@ Call<ProblemType> make_call(const ProblemType& problem, void* workspace, int64_t
     *bytes = carver.bytes();
     return call;
   }
-  for (int64_t first = 0; first < count; first += Adapters::kInline) {
-    ListParams params{};
+  const auto bring = [&]<class List>(int64_t first) {
+    List params;
     params.to = list + first;
-    params.count = static_cast<int>(std::min<int64_t>(count - first, Adapters::kInline));
+    params.count = static_cast<int>(std::min<int64_t>(count - first, List::kMost));
     some(params.from, first, params.count);
-    launch("linear_adapter's list of adapters", &list_kernel, 1, kThreads, 0, stream, params);
+    launch("linear_adapter's list of adapters", &list_kernel<List>, 1, kThreads, 0, stream, params);
+  };
+  int64_t first = 0;
+  for (; count - first > ShortList::kMost; first += LongList::kMost) {
+    bring.template operator()<LongList>(first);
   }
+  if (first < count) bring.template operator()<ShortList>(first);
   return call;
 }
 

@@ -333,7 +333,7 @@ enum class Begins { kInTurn, kEarly };
 template <class Params, class Stream>
 void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, int64_t shared,
             Stream, const Params& params, Begins begins = Begins::kInTurn) {
-  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 32764);
   using Kernel = void (*)(Params);
   const auto call = [](const void* kernel, const void* params) {
     (*static_cast<const Kernel*>(kernel))(*static_cast<const Params*>(params));
