@@ -27,7 +27,7 @@ from simt import build  # noqa: E402
 HIDDEN_SIZE = 1024
 BOTTLENECK = 64
 # Rows, their width, adapters, and whether there is an auxiliary loss: decode, tiles of 16 and of 64
-# rows; more adapters than launch parameters hold; rows that are narrow enough for
+# rows; more adapters than launch parameters hold, and many more; rows that are narrow enough for
 # forward_parts_kernel where there is little shared memory. What a later call launches too is as in
 # the first one.
 CALLS = (
@@ -35,6 +35,7 @@ CALLS = (
     (6400, HIDDEN_SIZE, 1, False),
     (16384, HIDDEN_SIZE, 8, False),
     (64, HIDDEN_SIZE, 40, True),
+    (64, HIDDEN_SIZE, 100, False),
     (16384, HIDDEN_SIZE, 8, True),
     (16384, 64, 8, False),
 )

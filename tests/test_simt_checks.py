@@ -191,7 +191,7 @@ def in_ptx(request: pytest.FixtureRequest) -> tuple[bool, ctypes.CDLL]:
     return bool(request.param), library
 
 
-# nvcc makes one barrier of different ones that threads reach alike, and there no kernel begins early.
+# nvcc makes one barrier of different ones that threads reach alike; there, no kernel begins early.
 NOT_IN_PTX = {"different_barriers", "reads_too_early", "never_waits"}
 
 

@@ -13,18 +13,15 @@ namespace {
 // not be captured in a CUDA graph.
 template <int most>
 struct ListParams {
-  static constexpr int kMost = most;
-
   Adapter* to;
   int count;
   Adapter from[most];
 };
-using ShortList = ListParams<64>;
-using LongList = ListParams<320>;
-static_assert(sizeof(LongList) <= 32764);  // as many bytes as a launch can have
+constexpr int kShortList = 64, kLongList = 320;
+static_assert(sizeof(ListParams<kLongList>) <= 32764);  // as many bytes as a launch can have
 
-template <class List>
-__global__ void list_kernel(const __grid_constant__ List params) {
+template <int most>
+__global__ void list_kernel(const __grid_constant__ ListParams<most> params) {
   const int words = params.count * static_cast<int>(sizeof(Adapter) / 8);
   uint64_t* to = reinterpret_cast<uint64_t*>(params.to);
   const uint64_t* from = reinterpret_cast<const uint64_t*>(params.from);
@@ -88,18 +85,18 @@ Call<ProblemType> make_call(const ProblemType& problem, void* workspace, int64_t
     *bytes = carver.bytes();
     return call;
   }
-  const auto bring = [&]<class List>(int64_t first) {
-    List params;
+  const auto bring = [&]<int most>(int64_t first) {
+    ListParams<most> params;
     params.to = list + first;
-    params.count = static_cast<int>(std::min<int64_t>(count - first, List::kMost));
+    params.count = static_cast<int>(std::min<int64_t>(count - first, most));
     some(params.from, first, params.count);
-    launch("linear_adapter's list of adapters", &list_kernel<List>, 1, kThreads, 0, stream, params);
+    launch("linear_adapter's list of adapters", &list_kernel<most>, 1, kThreads, 0, stream, params);
   };
   int64_t first = 0;
-  for (; count - first > ShortList::kMost; first += LongList::kMost) {
-    bring.template operator()<LongList>(first);
+  for (; count - first > kShortList; first += kLongList) {
+    bring.template operator()<kLongList>(first);
   }
-  if (first < count) bring.template operator()<ShortList>(first);
+  if (first < count) bring.template operator()<kShortList>(first);
   return call;
 }
 

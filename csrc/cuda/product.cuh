@@ -193,7 +193,7 @@ struct Product {
       constexpr int n = kVector<C>, rows = 2 * kRowTiles;
       // Two steps where there are registers for the operands of both.
       [[maybe_unused]] constexpr int together =
-          whole > 0 && S::kRows == LargeTile::kRows && !adjacent ? 2 : 1;
+          whole > 0 && S::kThreads > LargeTile::kThreads ? 2 : 1;
 #pragma unroll(together)
       for (int k = 0; k < depth; k += n) {
         C left[rows][n];
