@@ -290,16 +290,25 @@ struct RowsAhead {
 };
 
 // A tile of a product, whose left operand is contiguous along k, or along the rows. Asks for two
-// sorts of rows ahead, then for other pieces.
+// sorts of rows ahead, then for other pieces; for its own results at once where those of the next
+// tile are not among them.
 template <class C, class Product, bool along_k, int rows, int vectors>
 static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k, C* out,
                  int64_t out_row, Into into, const RowsAhead (&rows_ahead)[2],
                  Ahead& pieces_ahead) {
   using V = Vector<C>;
-  RowsAhead next_rows = rows_ahead[0];
-  bool first_rows = true;
+  bool first_rows = rows_ahead[0].count > 0;
+  RowsAhead next_rows = rows_ahead[first_rows ? 0 : 1];
   Ahead ahead = pieces_ahead;
   V sum[rows][vectors] = {};
+  C* to = out;
+  if (!first_rows && into != Into::kStream) {
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; ++row, to += out_row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + v * kLanes<C>, 1);
+    }
+  }
   // Along k, a pointer for every third row: with one for all, the rows' offsets take more registers
   // than there are.
   constexpr int group = along_k ? 3 : rows;
@@ -350,7 +359,7 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
   }
   if (k < k_count) step(0);
   pieces_ahead = ahead;
-  C* to = opaque(out);
+  to = opaque(out);
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row, to += out_row) {
 #pragma GCC unroll 4
@@ -478,18 +487,18 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
       for (int64_t row = 0, i = 0, count; row < rows; row += count, ++i) {
         count = tile_rows(i);
         C* to = out + row * out_row + column;
-        // The next tile's results, and a share of the next panel.
+        // The next tile's results, if there are steps enough, and a share of the next panel.
         RowsAhead rows_ahead[2] = {};
-        RowsAhead* set = rows_ahead;
-        if (into != Into::kStream && row + count < rows) {
-          *set++ = RowsAhead::of(to + count * out_row, out_row, tile_rows(i + 1));
-        } else if (into != Into::kStream && !last_panel) {
-          *set++ = RowsAhead::of(out + column + kPanel<C>, out_row, tile_rows(0));
+        const bool asks = into != Into::kStream && block >= 2 * kTileRows;
+        if (asks && row + count < rows) {
+          rows_ahead[0] = RowsAhead::of(to + count * out_row, out_row, tile_rows(i + 1));
+        } else if (asks && !last_panel) {
+          rows_ahead[0] = RowsAhead::of(out + column + kPanel<C>, out_row, tile_rows(0));
         }
         if (apart) {
           const int64_t first = block * i / row_tiles, end = block * (i + 1) / row_tiles;
-          *set = RowsAhead::of(b + right.panel_stride + first * right.k_stride, right.k_stride,
-                               end - first);
+          rows_ahead[1] = RowsAhead::of(b + right.panel_stride + first * right.k_stride,
+                                        right.k_stride, end - first);
         }
         const auto run = left.k_stride == 1
                              ? (narrow ? tile_of_rows<C, Product, true, 1>
