@@ -50,7 +50,7 @@ struct alignas(32) Adapter {
   AdapterGradients gradients;
 };
 struct Adapters {
-  static constexpr int kInline = 32;  // as many as launch parameters have room for
+  static constexpr int kInline = 32;  // in 4 KiB, since every launch copies its parameters
 
   const Adapter* list;  // in device memory, or null
   bool stacked;
