@@ -55,6 +55,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             option, nargs="+", type=int, metavar="N", help=f"of the grid, default: {values}"
         )
     parser.add_argument(
+        "--stacked", action="store_true", help="the grid with one tensor for all adapters' weights"
+    )
+    parser.add_argument(
         "--peers",
         type=lambda text: text.split(","),
         help=f"of {','.join(cases.PEERS)}; default: all, without compile in a quick run",
@@ -88,7 +91,10 @@ def chosen_cases(options: argparse.Namespace) -> list[tuple[str, Case]]:
     chosen = []
     for mode, dtype in itertools.product(options.mode, options.dtype):
         tables = {
-            "grid": [Case(mode, dtype, *values) for values in itertools.product(*sizes.values())],
+            "grid": [
+                Case(mode, dtype, *values, stacked=options.stacked)
+                for values in itertools.product(*sizes.values())
+            ],
             "adapters": [
                 Case(mode, dtype, 1024, 64, rows, adapters, spread)
                 for rows in every_row

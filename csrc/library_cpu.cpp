@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/linear_adapter.h"
+#include "cpu/memory.h"
 #include "linear_adapter.h"
 #include "route.h"
 #include "schemas.h"
@@ -20,6 +21,8 @@ cpu::Parallel parallel() {
 }
 
 struct CpuBackend {
+  static void allocated(void* memory, int64_t bytes) { cpu::use_huge_pages(memory, bytes); }
+
   template <class Problem>
   static void run(const Problem& problem, const Tensor&) {
     cpu::linear_adapter(problem, parallel());

@@ -1,6 +1,7 @@
 // The ops linear_adapter (inference), linear_adapter_forward and linear_adapter_backward (training)
 // for any backend: they check tensors, allocate the results and fill in the kernels' structs.
-// `Backend::run(problem, x)` computes; x tells the device.
+// `Backend::run(problem, x)` computes; x tells the device. `Backend::allocated(memory, bytes)` is
+// told of new results, which the kernels write whole.
 #pragma once
 
 #include <tuple>
@@ -212,6 +213,15 @@ class LinearAdapterArguments {
   std::vector<AdapterView> views_;
 };
 
+template <class Backend>
+Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  Tensor result = empty(like, shape, type);
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(result.get(), &bytes));
+  Backend::allocated(result.data_ptr(), bytes);
+  return result;
+}
+
 struct LinearAdapterResults {
   Tensor y, aux, saved;
 };
@@ -239,14 +249,14 @@ LinearAdapterResults run_forward(const LinearAdapterArguments& arguments, bool s
   const Tensor& x = arguments.x();
   const ScalarType type = arguments.accumulate_type();
   const auto sizes = x.sizes();
-  Tensor y = empty(x, std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type());
+  Tensor y = new_result<Backend>(x, {sizes.begin(), sizes.end()}, x.scalar_type());
   Tensor aux = empty(x, {problem.routing.adapters}, type);
   LinearAdapterResults results{y, aux, y};
   problem.x = x.data_ptr();
   problem.y = y.data_ptr();
   problem.aux = aux.data_ptr();
   if (save) {
-    results.saved = empty(x, saved_shape(problem), type);
+    results.saved = new_result<Backend>(x, saved_shape(problem), type);
     set_saved(problem, results.saved);
   }
   Backend::run(problem, x);
@@ -325,8 +335,7 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
   const auto result = [&](const Tensor& like, int64_t flag) -> void* {
     if (!flag) return nullptr;
     const auto sizes = like.sizes();
-    results.push_back(
-        empty(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type()));
+    results.push_back(new_result<Backend>(like, {sizes.begin(), sizes.end()}, like.scalar_type()));
     return results.back().data_ptr();
   };
   problem.grad_x = result(from, needed[0]);

@@ -11,9 +11,9 @@
 
 namespace {
 
-std::vector<std::string> compiled_capabilities() {
+std::vector<std::string> names(const std::vector<adapter_ext::cpu::Capability>& capabilities) {
   std::vector<std::string> names;
-  for (const auto capability : adapter_ext::cpu::compiled_capabilities()) {
+  for (const auto capability : capabilities) {
     names.emplace_back(adapter_ext::cpu::name(capability));
   }
   return names;
@@ -36,8 +36,13 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_compiler") = ADAPTER_EXT_CUDA_COMPILER;
   module.attr("cuda_archs") = words(ADAPTER_EXT_CUDA_ARCHS);
   module.attr("build_type") = ADAPTER_EXT_BUILD_TYPE;
-  module.def("compiled_cpu_capabilities", &compiled_capabilities,
-             "CPU levels that the library was compiled for, lowest first.");
+  module.def(
+      "compiled_cpu_capabilities", [] { return names(adapter_ext::cpu::compiled_capabilities()); },
+      "CPU levels that the library was compiled for, lowest first.");
+  module.def(
+      "supported_cpu_capabilities",
+      [] { return names(adapter_ext::cpu::supported_capabilities()); },
+      "Those of them that this machine can run.");
   module.def(
       "cpu_capability", [] { return adapter_ext::cpu::name(adapter_ext::cpu::capability()); },
       "The CPU level in use. Raises RuntimeError where ADAPTER_EXT_CPU_CAPABILITY names one that "

@@ -322,7 +322,7 @@ class RowPass {
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
-        block_rows_(block_rows<C, Product>(problem.hidden_size)),
+        block_rows_(block_rows<C, Product>(problem)),
         // The post norm's backward needs a whole row before it can start.
         block_columns_(pre_ ? kColumnBlock : width_),
         stride_(padded<C>(block_columns_) + kRowPadding<C>),

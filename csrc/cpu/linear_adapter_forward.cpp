@@ -112,7 +112,7 @@ class Forward {
         dropout_(problem),
         pre_(problem.norm_position == NormPosition::kPre),
         width_(problem.hidden_size),
-        block_rows_(block_rows<C, Product>(problem.hidden_size)),
+        block_rows_(block_rows<C, Product>(problem)),
         left_stride_(steps<Product>(kColumnBlock) + kRowPadding<C>),
         hidden_stride_(hidden_stride(problem)),
         // The post norm needs a whole row of the second product before it can start.

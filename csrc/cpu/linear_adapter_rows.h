@@ -8,6 +8,7 @@
 #include "common/philox.h"
 #include "common/problem.h"
 #include "cpu/matmul.h"
+#include "cpu/memory.h"
 #include "cpu/plan.h"
 
 namespace adapter_ext::cpu {
@@ -21,13 +22,15 @@ inline constexpr int64_t kRowPadding = 64 / static_cast<int64_t>(sizeof(C));
 
 inline constexpr int64_t kMostBlockRows = 96;
 
-// Rows of a block: as many as keep x, and scratch of its size, in a second-level cache. Tiles are
-// so fast that reading the weights for few rows would take longer than their products.
+// Rows of a block: as many as keep x, and scratch of its size, in a second-level cache, but not so
+// few that reading the weights takes longer than the products with them; those of small bottlenecks
+// stay in that cache. Tiles are so fast that they want all rows there can be.
 template <class C, class Product>
-ADAPTER_EXT_HOST_DEVICE int64_t block_rows(int64_t hidden_size) {
+ADAPTER_EXT_HOST_DEVICE int64_t block_rows(const LinearAdapterProblem& problem) {
   if (Product::kStepGroup > 1) return kMostBlockRows;
-  const int64_t fitting = (192 << 10) / (hidden_size * static_cast<int64_t>(sizeof(C)));
-  return std::clamp<int64_t>(fitting / kTileRows * kTileRows, 48, kMostBlockRows);
+  const int64_t row_bytes = problem.hidden_size * static_cast<int64_t>(sizeof(C));
+  const int64_t fitting = (192 << 10) / row_bytes / kTileRows * kTileRows;
+  return std::clamp<int64_t>(fitting, problem.hidden_stride > 32 ? 48 : 24, kMostBlockRows);
 }
 
 // How a segment's rows are cut: into blocks of equal size, so that none is a lone last row. Rows
@@ -105,15 +108,13 @@ static void round_operand(const LinearAdapterProblem& problem, C* values, int64_
 }
 
 // Whether results go to memory past the caches, which would read each line before it is written: if
-// there are more than a second-level cache holds. New memory is in the caches already, since the
-// kernel has just cleared the page.
+// there are more than a second-level cache holds.
 template <class X>
 static bool streams(const void* results, int64_t rows, int64_t columns) {
   constexpr int64_t many_bytes = 4 << 20;
-  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(X)), bytes = rows * row_bytes;
-  return bytes >= many_bytes && row_bytes % kVectorBytes == 0 &&
-         reinterpret_cast<uintptr_t>(results) % kVectorBytes == 0 &&
-         has_page(static_cast<const char*>(results) + bytes / 2);
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(X));
+  return rows * row_bytes >= many_bytes && row_bytes % kVectorBytes == 0 &&
+         reinterpret_cast<uintptr_t>(results) % kVectorBytes == 0;
 }
 
 // The norm's vectors of one adapter, in the accumulate type.

@@ -241,9 +241,7 @@ class Ahead {
   }
 
  private:
-  // A line is asked for several times: the buffers for lines on their way are few, and the operands
-  // of products, which come from a cache, need them too.
-  static constexpr int64_t kLine = 64, kStep = kLine / 2;
+  static constexpr int64_t kLine = 64;
 
   ADAPTER_EXT_HOST_DEVICE void next_piece() {
     while (count_ > 0 && pieces_->bytes == 0) {
@@ -259,7 +257,7 @@ class Ahead {
     line_ = static_cast<const char*>(pieces_->from);
     end_ = line_ + (pieces_->bytes + kLine - 1) / kLine * kLine;
     ++pieces_;
-    step_ = kStep;
+    step_ = kLine;
   }
 
   const char* line_ = reinterpret_cast<const char*>(this);

@@ -1,13 +1,5 @@
 #include "cpu/plan.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 
 #include "common/philox.h"
@@ -95,39 +87,6 @@ void Plan::build(const LinearAdapterProblem& problem) {
     const int64_t begin = routing.offsets[routing.adapters];
     if (begin < routing.samples) untouched.push_back(all(begin, routing.samples));
   }
-}
-
-bool has_page(const void* address) {
-#if defined(__linux__)
-  const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  void* page = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / size * size);
-  unsigned char state = 0;
-  return mincore(page, 1, &state) != 0 || (state & 1) != 0;
-#else
-  static_cast<void>(address);
-  return true;
-#endif
-}
-
-void* thread_scratch(int slot, int64_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  struct Buffer {
-    std::unique_ptr<void, Free> memory;
-    int64_t capacity = 0;
-  };
-  thread_local Buffer buffers[3];
-  Buffer& buffer = buffers[slot];
-  if (bytes > buffer.capacity) {
-    buffer.memory.reset();
-    buffer.capacity = 0;
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
-    buffer.memory.reset(std::aligned_alloc(64, static_cast<size_t>(rounded)));
-    if (!buffer.memory) throw std::bad_alloc();
-    buffer.capacity = rounded;
-  }
-  return buffer.memory.get();
 }
 
 }  // namespace adapter_ext::cpu

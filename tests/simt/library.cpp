@@ -118,6 +118,8 @@ class Workspace {
 };
 
 struct SimulatedBackend {
+  static void allocated(void*, int64_t) {}
+
   template <class Problem>
   static void run(const Problem& problem, const Tensor&) {
     Allowed allowed;
