@@ -252,20 +252,32 @@ class WeightOperand {
   }
 
   // multiply() for weights that are stored transposed: outᵀ = weights leftᵀ, which takes them as
-  // they are.
+  // they are. Asks for those of the next columns, whose rows are too short for the hardware to see
+  // where they go on, or, with the last, for what `ahead` says.
   void multiply_rows_transposed(int64_t rows, int64_t columns, int64_t k_count,
                                 const LeftOperand<C>& left, const C* weights, C* out,
                                 int64_t out_row, bool accumulate, Ahead& ahead) const {
     C* const sums = memory_ + kBlockK * padded<C>(kMostBlockRows);
     const int64_t sums_row = padded<C>(rows) + kRowPadding<C>;
+    Ahead::Piece next[kSumColumns];
     for (int64_t k = 0; k < k_count; k += kBlockK) {
       const int64_t block = std::min(kBlockK, k_count - k);
       pack_transposed<C, Product>(left.data + k, left.row_stride, block, rows, 0, memory_);
       for (int64_t column = 0; column < columns; column += kSumColumns) {
         const int64_t part = std::min(kSumColumns, columns - column);
+        const bool same_k = column + part < columns;
+        const int64_t next_column = same_k ? column + part : 0, next_k = same_k ? k : k + block;
+        const int64_t next_block = std::min(kBlockK, k_count - next_k);
+        const int64_t count = next_block > 0 ? std::min(kSumColumns, columns - next_column) : 0;
+        for (int64_t i = 0; i < count; ++i) {
+          next[i] = {weights + (next_column + i) * stride_ + next_k,
+                     next_block * int64_t{sizeof(C)}};
+        }
+        Ahead weights_ahead;
+        weights_ahead.set(next, count);
         cpu::multiply<C, Product>(part, rows, block, {weights + column * stride_ + k, stride_, 1},
                                   {memory_, block * kPanel<C>, kPanel<C>}, sums, sums_row,
-                                  Into::kNew, ahead);
+                                  Into::kNew, count > 0 ? weights_ahead : ahead);
         add_transposed<C>(rows, part, sums, sums_row, out + column, out_row, accumulate || k > 0);
       }
     }
