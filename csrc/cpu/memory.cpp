@@ -25,7 +25,7 @@ bool has_page(uintptr_t address) {
 }  // namespace
 
 void use_huge_pages(void* memory, int64_t bytes) {
-  constexpr int64_t many_bytes = 4 << 20;
+  constexpr int64_t many_bytes = 32 << 20;  // from here on the C library's memory is always new
   constexpr uintptr_t page = 2 << 20;
   if (bytes < many_bytes) return;
   const auto address = reinterpret_cast<uintptr_t>(memory);

@@ -5,9 +5,8 @@
 
 namespace adapter_ext::cpu {
 
-// Asks for huge pages for memory that is about to be written whole. Where it is new, a fault for
-// each 4 KiB takes longer than the kernels. No page reaches beyond the memory: none is larger for
-// it.
+// Asks for huge pages for memory that is about to be written whole, if it is so much that it is
+// new: a fault for each 4 KiB takes longer than the kernels. No page reaches beyond the memory.
 void use_huge_pages(void* memory, int64_t bytes);
 
 // Three buffers of the calling thread, by slot, 64-byte aligned, at least `bytes` long. They are
