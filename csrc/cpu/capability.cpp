@@ -96,7 +96,7 @@ bool machine_has(Capability capability) {
 // Whether a level that the machine has gains by the one below. Cores of Intel's start a vector of
 // bfloat16 products every other cycle (measured on one of 2023: 1.34e9 a second, of multiply-adds
 // 5.5e9), which is half the rate of float32: there, tiles are what makes them fast.
-bool gains(Capability capability) {
+bool gains([[maybe_unused]] Capability capability) {
 #if defined(ADAPTER_EXT_X86_LEVELS)
   if (capability == Capability::kAvx512Bf16) return !__builtin_cpu_is("intel");
 #endif
