@@ -510,6 +510,10 @@ def test_cases_of_cpu() -> None:
         cpu.parse_arguments(["--table", "grid", "--rows", "5", "--mode", FORWARD])
     )
     assert {case.rows for _, case in few} == {5}
+    assert not any(case.stacked for _, case in few)
+    stacked = cpu.chosen_cases(cpu.parse_arguments(["--table", "grid", "--stacked"]))
+    assert len(stacked) == 4 * 81
+    assert all(case.stacked for _, case in stacked)
 
 
 def test_command_line_of_cpu(capsys: pytest.CaptureFixture[str]) -> None:

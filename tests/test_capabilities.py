@@ -49,6 +49,18 @@ def test_other_level(capability: str) -> None:
     assert "64 passed" in result.stdout
 
 
+@pytest.mark.skipif(
+    "ADAPTER_EXT_CPU_CAPABILITY" in os.environ, reason="a level is chosen by the environment"
+)
+def test_pairs_of_bfloat16_are_not_chosen_where_they_are_slow() -> None:
+    """Intel's cores multiply them at half the rate of float32; their tiles are fast."""
+    supported = _C.supported_cpu_capabilities()
+    assert _C.cpu_capability() in supported
+    intel = "GenuineIntel" in pathlib.Path("/proc/cpuinfo").read_text()
+    slow = [level for level in supported if level == "avx512_bf16" and intel]
+    assert _C.cpu_capability() == [level for level in supported if level not in slow][-1]
+
+
 def test_unknown_level_is_an_error() -> None:
     code = "import torch, adapter_ext as a; a.route(torch.zeros(1, dtype=torch.int64), 1); "
     code += "a._C.cpu_capability()"
