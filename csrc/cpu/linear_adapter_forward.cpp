@@ -165,25 +165,25 @@ class Forward {
     finish_streams();
   }
 
-  // A task's share of the columns of h, for all rows of a segment, then of those of y. The tasks
-  // share h, of so many elements.
-  static int64_t hidden_elements(const LinearAdapterForward& problem) {
+  // A task's share of the columns of act(h), for all rows of a segment, then of those of y. The
+  // tasks share act(h), of so many elements.
+  static int64_t activated_elements(const LinearAdapterForward& problem) {
     return kMostBlockRows * hidden_stride(problem);
   }
-  void run_down(const Segment& segment, int64_t task, int64_t tasks, C* hidden) {
+  void run_down(const Segment& segment, int64_t task, int64_t tasks, C* activated) {
     prepare_adapter(segment, segment.rows);
     start_rows(segment, 0, segment.rows);
-    const auto [first, columns] = share<C>(view_.bottleneck, task, tasks);
-    project_down(segment.rows, first, columns, hidden);
+    normalize_rows(segment.rows);
+    const Share hidden = share<C>(view_.bottleneck, task, tasks);
+    project_down(segment.rows, hidden);
+    save_hidden(segment.rows, hidden);
+    activate_rows(segment.rows, hidden, activated);
     if (task == 0) save_moments(segment.rows);
   }
-  void run_up(const Segment& segment, int64_t task, int64_t tasks, const C* hidden) {
+  void run_up(const Segment& segment, int64_t task, int64_t tasks, const C* activated) {
     prepare_adapter(segment, segment.rows);
     start_rows(segment, 0, segment.rows);
-    if (task == 0) save_hidden(segment.rows, hidden);
-    activate_rows(segment.rows, hidden);
-    const auto [first, columns] = share<C>(width_, task, tasks);
-    project_up(segment.rows, first, columns);
+    project_up(segment.rows, share<C>(width_, task, tasks), activated);
   }
 
  private:
@@ -204,11 +204,13 @@ class Forward {
   }
 
   void run_block(const Segment& segment, int64_t first, int64_t count) {
+    const Share hidden = {0, view_.bottleneck};
     start_rows(segment, first, count);
-    project_down(count, 0, view_.bottleneck, hidden_);
-    save_hidden(count, hidden_);
-    activate_rows(count, hidden_);
-    project_up(count, 0, width_);
+    if (pre_) normalize_rows(count);
+    project_down(count, hidden);
+    save_hidden(count, hidden);
+    activate_rows(count, hidden, hidden_);
+    project_up(count, {0, width_}, hidden_);
     save_moments(count);
     if (penalties_) {
       std::copy(penalty_, penalty_ + count, penalties_ + segment.first_position + first);
@@ -218,9 +220,13 @@ class Forward {
   void start_rows(const Segment& segment, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       row_[i] = Plan::row(segment, p_.routing.rows_per_sample, first + i);
-      if (pre_) moments(x(i), width_, p_.eps, mean_ + i, rstd_ + i);
       penalty_[i] = 0;
     }
+  }
+
+  // The moments that project_down() normalizes with.
+  void normalize_rows(int64_t count) {
+    for (int64_t i = 0; i < count; ++i) moments(x(i), width_, p_.eps, mean_ + i, rstd_ + i);
   }
 
   void save_moments(int64_t count) const {
@@ -231,14 +237,15 @@ class Forward {
     }
   }
 
-  void save_hidden(int64_t count, const C* hidden) const {
-    if (!p_.hidden) return;
-    const int64_t r = view_.bottleneck;
+  // Some columns of h; behind the last of them zeros.
+  void save_hidden(int64_t count, const Share& hidden) const {
+    if (!p_.hidden || hidden.columns == 0) return;
+    const int64_t end = hidden.first + hidden.columns;
     for (int64_t i = 0; i < count; ++i) {
-      const C* from = hidden + i * hidden_stride_;
+      const C* from = hidden_ + i * hidden_stride_;
       C* to = static_cast<C*>(p_.hidden) + row_[i] * p_.hidden_stride;
-      std::copy(from, from + r, to);
-      std::fill(to + r, to + p_.hidden_stride, C(0));
+      std::copy(from + hidden.first, from + end, to + hidden.first);
+      if (end == view_.bottleneck) std::fill(to + end, to + p_.hidden_stride, C(0));
     }
   }
 
@@ -253,8 +260,8 @@ class Forward {
     if constexpr (Product::kElements == 1) round_operand(p_, to, count);
   }
 
-  // hidden = LN(x) downᵀ, or x downᵀ, some columns of it.
-  void project_down(int64_t count, int64_t first, int64_t hidden_columns, C* hidden) {
+  // Some columns of h = LN(x) downᵀ, or x downᵀ.
+  void project_down(int64_t count, const Share& hidden) {
     // A lone row has the whole buffer: its product reads the weights in their order in memory then.
     const int64_t block = count > 1 ? kColumnBlock : kMostBlockRows * kColumnBlock;
     for (int64_t column = 0; column < width_; column += block) {
@@ -271,28 +278,31 @@ class Forward {
           make_operand(x(i) + column, columns, left, [](int64_t, auto v, auto) { return v; });
         }
       }
-      down_.multiply(count, column, columns, first, hidden_columns, {left_, left_stride_, 1},
-                     hidden + first, hidden_stride_, column > 0, ahead_);
+      down_.multiply(count, column, columns, hidden.first, hidden.columns, {left_, left_stride_, 1},
+                     hidden_ + hidden.first, hidden_stride_, column > 0, ahead_);
     }
   }
 
-  // The left operand of the second product: act(hidden).
-  void activate_rows(int64_t count, const C* hidden) {
+  // Some columns of the left operand of the second product, act(h), which may lie where h does.
+  void activate_rows(int64_t count, const Share& hidden, C* activated) const {
+    if (hidden.columns == 0) return;
+    const int64_t to = hidden.first / Product::kElements;
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
-        make_operand(hidden + i * hidden_stride_, view_.bottleneck, hidden_ + i * hidden_stride_,
+        make_operand(hidden_ + i * hidden_stride_ + hidden.first, hidden.columns,
+                     activated + i * hidden_stride_ + to,
                      [](int64_t, auto v, auto) { return activate<activation, VectorMath<C>>(v); });
       }
     });
   }
 
   // Some columns of y.
-  void project_up(int64_t count, int64_t first, int64_t out_columns) {
-    const int64_t end = first + out_columns;
-    for (int64_t column = first; column < end; column += out_columns_) {
+  void project_up(int64_t count, const Share& out, const C* activated) {
+    const int64_t end = out.first + out.columns;
+    for (int64_t column = out.first; column < end; column += out_columns_) {
       const int64_t columns = std::min(out_columns_, end - column);
-      up_.multiply(count, 0, view_.bottleneck, column, columns, {hidden_, hidden_stride_, 1}, out_,
-                   out_stride_, false, ahead_);
+      up_.multiply(count, 0, view_.bottleneck, column, columns, {activated, hidden_stride_, 1},
+                   out_, out_stride_, false, ahead_);
       for (int64_t i = 0; i < count; ++i) {
         if (!pre_) moments(out_ + i * out_stride_, width_, p_.eps, mean_ + i, rstd_ + i);
         for (int64_t start = 0; start < columns; start += kColumnBlock) {
@@ -371,16 +381,17 @@ void run_by_columns(const LinearAdapterForward& problem, const Plan& plan,
                     const Parallel& parallel) {
   using C = Accumulate<X>;
   using Rows = Forward<X, Product>;
-  const std::unique_ptr<C[]> hidden(new C[static_cast<size_t>(Rows::hidden_elements(problem))]);
+  const std::unique_ptr<C[]> activated(
+      new C[static_cast<size_t>(Rows::activated_elements(problem))]);
   const int64_t tasks = parallel.threads;
   for (const Segment& segment : plan.active.segments) {
     parallel(tasks, [&](int64_t task) {
       [[maybe_unused]] const typename Product::Setup setup;
-      Rows(problem, plan, nullptr).run_down(segment, task, tasks, hidden.get());
+      Rows(problem, plan, nullptr).run_down(segment, task, tasks, activated.get());
     });
     parallel(tasks, [&](int64_t task) {
       [[maybe_unused]] const typename Product::Setup setup;
-      Rows(problem, plan, nullptr).run_up(segment, task, tasks, hidden.get());
+      Rows(problem, plan, nullptr).run_up(segment, task, tasks, activated.get());
     });
   }
 }
