@@ -2,9 +2,9 @@
 
 Between the lines ``<!-- benchmarks: begin FILE TABLE -->`` and ``<!-- benchmarks: end -->`` of a
 page stands a table of a file in benchmarks/results, or of several that a pattern names
-(``grid/*.json``); ``machine`` is the line about a file's machine, and ``TABLE summary`` and
-``TABLE targets`` say what a table amounts to. The pictures are those of ``benchmarks plot`` for the
-files in the folder ``DRAWN``.
+(``grid/*.json``); ``machine`` is the line about a file's machine, and ``TABLE summary``, ``TABLE
+targets`` and ``TABLE speedups`` say what a table amounts to. The pictures are those of ``benchmarks
+plot`` for the files in the folder ``DRAWN``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.measure import markdown_table
 from benchmarks.results import Document, Result
 
-SUMMARY, TARGETS = " summary", " targets"
+SUMMARY, TARGETS, SPEEDUPS = " summary", " targets", " speedups"
 """End the names of a table's summary, and of what it says of the targets."""
 
 MANY_ROWS = 2048
@@ -21,6 +21,9 @@ TIME_TARGETS = {
 }
 """Our time over the floor at most, by mode and whether there are so many rows."""
 
+MANY_ADAPTERS = 64
+BEST = "best peer"
+
 
 def render(document: Document, name: str) -> str:
     """A table of a document, by its name, or the one line about its machine.
@@ -30,13 +33,18 @@ def render(document: Document, name: str) -> str:
     """
     if name == "machine":
         return machine(document)
-    results = document.table(name.removesuffix(SUMMARY).removesuffix(TARGETS))
+    table = name
+    for ending in (SUMMARY, TARGETS, SPEEDUPS):
+        table = table.removesuffix(ending)
+    results = document.table(table)
     if not results:
         raise ValueError(f"expected one of the tables {', '.join(document.tables())}, got {name!r}")
     if name.endswith(SUMMARY):
         return summary(results)
     if name.endswith(TARGETS):
         return targets(results)
+    if name.endswith(SPEEDUPS):
+        return speedups(results)
     return RENDERERS.get(name, times)(results)
 
 
@@ -112,7 +120,7 @@ def summary(results: Sequence[Result]) -> str:
             rows.append([" ".join(kind), f"{peer}/ours", *_range(ratios)])
         best = [min(ratio.median for ratio in r.ratios.values()) for r in own if r.ratios]
         if best:
-            rows.append([" ".join(kind), "best peer/ours", *_range(best)])
+            rows.append([" ".join(kind), f"{BEST}/ours", *_range(best)])
     return markdown_table(["summary", "ratio", "least", "median", "most", "cases"], rows)
 
 
@@ -150,6 +158,36 @@ def targets(results: Sequence[Result]) -> str:
             for kind, target, all_, worst, met in rows
         ),
     )
+
+
+def speedups(results: Sequence[Result]) -> str:
+    """Peers' times over ours in the median: the target, what is reached, and what can be.
+
+    Who takes the floor is faster than a peer by the peer's time over the floor; who takes as long as
+    the targets for our time say, by so much less.
+    """
+    rows = []
+    for mode, dtype in dict.fromkeys((r.case["mode"], r.case["dtype"]) for r in results):
+        own = [r for r in results if (r.case["mode"], r.case["dtype"]) == (mode, dtype)]
+        own = [r for r in own if r.floor and "eager" in r.ratios]
+        many = [r for r in own if r.case["adapters"] >= MANY_ADAPTERS]
+        for peer, least, words, chosen in (
+            (BEST, 2, "", own),
+            ("eager", 3, "", own),
+            ("eager", 10 if dtype == "bf16" else 5, f", A = {MANY_ADAPTERS}", many),
+        ):
+            if not chosen:
+                continue
+            over_ours, over_floor, at_targets = [], [], []
+            for r in chosen:
+                names = list(r.ratios) if peer == BEST else [peer]
+                over_ours.append(min(r.ratios[name].median for name in names))
+                over_floor.append(min(r.seconds[name].median for name in names) / (r.floor or 1.0))
+                limit = TIME_TARGETS[mode, r.case["rows"] >= MANY_ROWS]
+                at_targets.append(over_floor[-1] / limit)
+            medians = [f"{statistics.median(x):.2f}" for x in (over_ours, at_targets, over_floor)]
+            rows.append([f"{mode} {dtype}", f"{peer}/ours at least {least}{words}", *medians])
+    return markdown_table(["cases", "target", "median", "at the targets", "at the floor"], rows)
 
 
 def _range(values: Sequence[float]) -> list[str]:

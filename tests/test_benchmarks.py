@@ -169,6 +169,21 @@ def test_targets() -> None:
     ]
 
 
+def test_speedups() -> None:
+    """The floor of a made-up result is a millisecond."""
+    many = dataclasses.replace(SMALL, rows=2048, adapters=64)
+    results = [
+        made_up(SMALL, 0.002, eager=0.008, bmm=0.006),
+        made_up(SMALL, 0.002, eager=0.004, bmm=0.006),
+        made_up(many, 0.002, eager=0.014, bmm=0.028),
+    ]
+    assert tables.render(document(*results), "grid speedups").splitlines()[2:] == [
+        "| forward fp32 | best peer/ours at least 2 | 3.00 | 3.00 | 6.00 |",
+        "| forward fp32 | eager/ours at least 3 | 4.00 | 4.00 | 8.00 |",
+        "| forward fp32 | eager/ours at least 5, A = 64 | 7.00 | 10.00 | 14.00 |",
+    ]
+
+
 def test_tables() -> None:
     first, second = made_up(SMALL, 0.002, eager=0.008), made_up(SMALL, 0.00005)
     second.name = "other"
