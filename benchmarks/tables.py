@@ -163,8 +163,8 @@ def targets(results: Sequence[Result]) -> str:
 def speedups(results: Sequence[Result]) -> str:
     """Peers' times over ours in the median: the target, what is reached, and what can be.
 
-    Who takes the floor is faster than a peer by the peer's time over the floor; who takes as long as
-    the targets for our time say, by so much less.
+    Who takes no longer than the floor is faster than a peer by the peer's time over the floor; who
+    takes as long as the targets for our time allow, by so much less.
     """
     rows = []
     for mode, dtype in dict.fromkeys((r.case["mode"], r.case["dtype"]) for r in results):
