@@ -21,8 +21,11 @@ TIME_TARGETS = {
 }
 """Our time over the floor at most, by mode and whether there are so many rows."""
 
-MANY_ADAPTERS = 64
 BEST = "best peer"
+MANY_ADAPTERS = 64
+BEST_TARGET, EAGER_TARGET = 2, 3
+MANY_ADAPTERS_TARGETS = {"fp32": 5, "bf16": 10}
+"""Medians of peers' times over ours: the best one's, eager's, eager's with so many adapters."""
 
 
 def render(document: Document, name: str) -> str:
@@ -33,19 +36,12 @@ def render(document: Document, name: str) -> str:
     """
     if name == "machine":
         return machine(document)
-    table = name
-    for ending in (SUMMARY, TARGETS, SPEEDUPS):
-        table = table.removesuffix(ending)
-    results = document.table(table)
+    about = {SUMMARY: summary, TARGETS: targets, SPEEDUPS: speedups}
+    ending = next((ending for ending in about if name.endswith(ending)), "")
+    results = document.table(name.removesuffix(ending))
     if not results:
         raise ValueError(f"expected one of the tables {', '.join(document.tables())}, got {name!r}")
-    if name.endswith(SUMMARY):
-        return summary(results)
-    if name.endswith(TARGETS):
-        return targets(results)
-    if name.endswith(SPEEDUPS):
-        return speedups(results)
-    return RENDERERS.get(name, times)(results)
+    return about.get(ending, RENDERERS.get(name, times))(results)
 
 
 def machine(document: Document) -> str:
@@ -168,21 +164,26 @@ def speedups(results: Sequence[Result]) -> str:
     """
     rows = []
     for mode, dtype in dict.fromkeys((r.case["mode"], r.case["dtype"]) for r in results):
-        own = [r for r in results if (r.case["mode"], r.case["dtype"]) == (mode, dtype)]
-        own = [r for r in own if r.floor and "eager" in r.ratios]
-        many = [r for r in own if r.case["adapters"] >= MANY_ADAPTERS]
+        own = [
+            (r, r.floor)
+            for r in results
+            if (r.case["mode"], r.case["dtype"]) == (mode, dtype)
+            and r.floor
+            and "eager" in r.ratios
+        ]
+        many = [(r, floor) for r, floor in own if r.case["adapters"] >= MANY_ADAPTERS]
         for peer, least, words, chosen in (
-            (BEST, 2, "", own),
-            ("eager", 3, "", own),
-            ("eager", 10 if dtype == "bf16" else 5, f", A = {MANY_ADAPTERS}", many),
+            (BEST, BEST_TARGET, "", own),
+            ("eager", EAGER_TARGET, "", own),
+            ("eager", MANY_ADAPTERS_TARGETS[dtype], f", A = {MANY_ADAPTERS}", many),
         ):
             if not chosen:
                 continue
             over_ours, over_floor, at_targets = [], [], []
-            for r in chosen:
+            for r, floor in chosen:
                 names = list(r.ratios) if peer == BEST else [peer]
                 over_ours.append(min(r.ratios[name].median for name in names))
-                over_floor.append(min(r.seconds[name].median for name in names) / (r.floor or 1.0))
+                over_floor.append(min(r.seconds[name].median for name in names) / floor)
                 limit = TIME_TARGETS[mode, r.case["rows"] >= MANY_ROWS]
                 at_targets.append(over_floor[-1] / limit)
             medians = [f"{statistics.median(x):.2f}" for x in (over_ours, at_targets, over_floor)]

@@ -56,7 +56,10 @@ def test_pairs_of_bfloat16_are_not_chosen_where_they_are_slow() -> None:
     """Intel's cores multiply them at half the rate of float32; their tiles are fast."""
     supported = _C.supported_cpu_capabilities()
     assert _C.cpu_capability() in supported
-    intel = "GenuineIntel" in pathlib.Path("/proc/cpuinfo").read_text()
+    facts = pathlib.Path("/proc/cpuinfo")
+    if not facts.exists():
+        pytest.skip("needs Linux")
+    intel = "GenuineIntel" in facts.read_text()
     slow = [level for level in supported if level == "avx512_bf16" and intel]
     assert _C.cpu_capability() == [level for level in supported if level not in slow][-1]
 

@@ -14,6 +14,10 @@ import adapter_ext
 MODE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MEBIBYTE = 1 << 20
 
+pytestmark = pytest.mark.skipif(
+    not MODE.exists() or "[never]" in MODE.read_text(), reason="the system has no huge pages"
+)
+
 
 def is_advised(tensor: torch.Tensor) -> bool:
     """Whether the system was asked for huge pages for the middle of a tensor's memory.
@@ -31,9 +35,6 @@ def is_advised(tensor: torch.Tensor) -> bool:
     raise AssertionError("the tensor's memory is not mapped")
 
 
-@pytest.mark.skipif(
-    not MODE.exists() or "[never]" in MODE.read_text(), reason="the system has no huge pages"
-)
 def test_huge_pages_are_asked_for_large_results() -> None:
     """Above 32 MiB, so that the C library gives new memory to each."""
     x = torch.randn(9000, 1024, requires_grad=True)
