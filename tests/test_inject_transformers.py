@@ -17,7 +17,7 @@ from torch import nn
 import adapter_ext as ax
 from adapter_ext import inject, route_adapters
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 # Its newer name is not in all the versions that will do.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_")

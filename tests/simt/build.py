@@ -24,8 +24,7 @@ Flavour = Literal["plain", "race", "sanitize", "ptxsim", "ptxsim-90"]
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent.parent
 SIMULATOR = REPOSITORY.parent / "shared" / "ptxsim"
-# What nvcc compiles for the PTX simulator: it makes other code for bfloat16 from 90 on.
-PTX_ARCHITECTURES: dict[Flavour, int] = {"ptxsim": 80, "ptxsim-90": 90}
+PTX_FLAVOURS: tuple[Flavour, ...] = ("ptxsim", "ptxsim-90")
 CACHE = REPOSITORY / "build" / "simt"
 JOBS = 2
 VERSIONS = 3  # of a file, are kept
@@ -62,7 +61,7 @@ def missing(flavour: Flavour) -> str | None:
     """What is not there and would be needed, if anything."""
     if shutil.which("g++") is None:
         return "g++ is missing"
-    if flavour in PTX_ARCHITECTURES:
+    if flavour in PTX_FLAVOURS:
         if shutil.which("nvcc") is None:
             return "nvcc is missing"
         if not SIMULATOR.exists():
@@ -77,7 +76,7 @@ def library(flavour: Flavour) -> Path:
     """A library that registers ``torch.ops.adapter_ext_simt``, run by a simulator of CUDA."""
     kernels = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
     entry_points = (
-        [FOLDER / "ptxsim.cpp"] if flavour in PTX_ARCHITECTURES else []
+        [FOLDER / "ptxsim.cpp"] if flavour in PTX_FLAVOURS else []
     )  # else of the runtime
     return link([*kernels, *entry_points, FOLDER / "library.cpp"], flavour)
 
@@ -105,7 +104,7 @@ def link(
         raise RuntimeError(reason)
     flags = tuple(f"-D{name}" for name in defines)
     commands = [_compile_command(source, flavour, flags) for source in sources]
-    if flavour not in PTX_ARCHITECTURES:
+    if flavour not in PTX_FLAVOURS:
         runtime = [*RUNTIME, FOLDER / "race.cpp"] if flavour == "race" else RUNTIME
         commands += [_compile_command(source, flavour, ()) for source in runtime]
     with ThreadPoolExecutor(JOBS) as pool:
@@ -113,7 +112,7 @@ def link(
     command = ["g++", *map(str, objects), "-rdynamic" if program else "-shared", "-ldl"]
     if flavour == "sanitize":
         command += _SANITIZE
-    if flavour in PTX_ARCHITECTURES:
+    if flavour in PTX_FLAVOURS:
         folder = simulator()
         command += [f"-L{folder}", "-lcudart_sim", f"-Wl,-rpath={folder}"]
     if any(source.name == "library.cpp" for source in sources):
@@ -129,9 +128,13 @@ Command = tuple[tuple[str, ...], str]
 def _compile_command(source: Path, flavour: Flavour, flags: Sequence[str]) -> Command:
     includes = [f"-I{REPOSITORY / 'csrc'}", f"-I{FOLDER}"]
     is_kernel = source.suffix == ".cu"
-    if flavour in PTX_ARCHITECTURES and is_kernel:
+    # nvcc makes other code for bfloat16 from 90 on; there it also lets kernels begin early, for all
+    # types by the same source.
+    if flavour == "ptxsim-90" and "bfloat16" not in source.stem:
+        flavour = "ptxsim"
+    if flavour in PTX_FLAVOURS and is_kernel:
         command = ["nvcc", "-std=c++20", "-O2", "-lineinfo", "-Xcompiler=-fPIC", "-cudart", "none"]
-        compute = f"compute_{PTX_ARCHITECTURES[flavour]}"
+        compute = "compute_90" if flavour == "ptxsim-90" else "compute_80"
         command += ["-gencode", f"arch={compute},code={compute}", "--no-compress", *includes]
     else:
         command = ["g++", *_COMMON, *includes]
