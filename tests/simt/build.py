@@ -75,9 +75,7 @@ def missing(flavour: Flavour) -> str | None:
 def library(flavour: Flavour) -> Path:
     """A library that registers ``torch.ops.adapter_ext_simt``, run by a simulator of CUDA."""
     kernels = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
-    entry_points = (
-        [FOLDER / "ptxsim.cpp"] if flavour in PTX_FLAVOURS else []
-    )  # else of the runtime
+    entry_points = [FOLDER / "ptxsim.cpp"] if flavour in PTX_FLAVOURS else []  # else of the runtime
     return link([*kernels, *entry_points, FOLDER / "library.cpp"], flavour)
 
 
