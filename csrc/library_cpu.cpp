@@ -21,7 +21,7 @@ cpu::Parallel parallel() {
 }
 
 struct CpuBackend {
-  static void allocated(void* memory, int64_t bytes) { cpu::use_huge_pages(memory, bytes); }
+  static void allocated(const std::vector<Memory>& results) { cpu::prepare(results, parallel()); }
 
   template <class Problem>
   static void run(const Problem& problem, const Tensor&) {

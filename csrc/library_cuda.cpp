@@ -26,7 +26,7 @@ Tensor workspace(const Tensor& like, int64_t bytes) {
 }
 
 struct CudaBackend {
-  static void allocated(void*, int64_t) {}
+  static void allocated(const std::vector<Memory>&) {}
 
   template <class Problem>
   static void run(const Problem& problem, const Tensor& x) {

@@ -1,7 +1,7 @@
 // The ops linear_adapter (inference), linear_adapter_forward and linear_adapter_backward (training)
 // for any backend: they check tensors, allocate the results and fill in the kernels' structs.
-// `Backend::run(problem, x)` computes; x tells the device. `Backend::allocated(memory, bytes)` is
-// told of new results, which the kernels write whole.
+// `Backend::run(problem, x)` computes; x tells the device. `Backend::allocated(results)` is told of
+// the memory of the results beforehand.
 #pragma once
 
 #include <tuple>
@@ -213,12 +213,12 @@ class LinearAdapterArguments {
   std::vector<AdapterView> views_;
 };
 
-template <class Backend>
-Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type,
+                         std::vector<Memory>& results) {
   Tensor result = empty(like, shape, type);
   int64_t bytes;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(result.get(), &bytes));
-  Backend::allocated(result.data_ptr(), bytes);
+  results.push_back({result.data_ptr(), bytes});
   return result;
 }
 
@@ -249,16 +249,18 @@ LinearAdapterResults run_forward(const LinearAdapterArguments& arguments, bool s
   const Tensor& x = arguments.x();
   const ScalarType type = arguments.accumulate_type();
   const auto sizes = x.sizes();
-  Tensor y = new_result<Backend>(x, {sizes.begin(), sizes.end()}, x.scalar_type());
+  std::vector<Memory> memory;
+  Tensor y = new_result(x, {sizes.begin(), sizes.end()}, x.scalar_type(), memory);
   Tensor aux = empty(x, {problem.routing.adapters}, type);
   LinearAdapterResults results{y, aux, y};
   problem.x = x.data_ptr();
   problem.y = y.data_ptr();
   problem.aux = aux.data_ptr();
   if (save) {
-    results.saved = new_result<Backend>(x, saved_shape(problem), type);
+    results.saved = new_result(x, saved_shape(problem), type, memory);
     set_saved(problem, results.saved);
   }
+  Backend::allocated(memory);
   Backend::run(problem, x);
   return results;
 }
@@ -332,10 +334,11 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
     aux = as_contiguous(*grad_aux);
   }
   TensorList results;
+  std::vector<Memory> memory;
   const auto result = [&](const Tensor& like, int64_t flag) -> void* {
     if (!flag) return nullptr;
     const auto sizes = like.sizes();
-    results.push_back(new_result<Backend>(like, {sizes.begin(), sizes.end()}, like.scalar_type()));
+    results.push_back(new_result(like, {sizes.begin(), sizes.end()}, like.scalar_type(), memory));
     return results.back().data_ptr();
   };
   problem.grad_x = result(from, needed[0]);
@@ -367,6 +370,7 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
   problem.grad_aux = aux ? aux->data_ptr() : nullptr;
   set_saved(problem, saved);
   problem.gradients = gradients.data();
+  Backend::allocated(memory);
   Backend::run(problem, from);
   return results;
 }

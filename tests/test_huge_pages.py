@@ -1,4 +1,4 @@
-"""Huge pages are asked for large results of the CPU kernels."""
+"""Memory is prepared for large results of the CPU kernels."""
 
 from __future__ import annotations
 

@@ -83,6 +83,12 @@ struct LinearAdapterForward : LinearAdapterProblem {
   void* rstd;    // [rows]
 };
 
+// Memory of a result, which the kernels write whole.
+struct Memory {
+  void* begin;
+  int64_t bytes;
+};
+
 struct LinearAdapterBackward : LinearAdapterProblem {
   const void* x;         // [rows, D]
   const void* grad_y;    // [rows, D]

@@ -5,6 +5,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -24,19 +25,52 @@ bool has_page(uintptr_t address) {
 
 }  // namespace
 
-void use_huge_pages(void* memory, int64_t bytes) {
+void prepare(const std::vector<Memory>& results, const Parallel& parallel) {
   constexpr int64_t many_bytes = 32 << 20;  // from here on the C library's memory is always new
-  constexpr uintptr_t page = 2 << 20;
-  if (bytes < many_bytes) return;
-  const auto address = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (address + page - 1) / page * page;
-  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / page * page;
-  if (has_page(begin + (end - begin) / 2)) return;
-  // Advice: where the system does not take it, pages are small.
-  static_cast<void>(madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE));
+  constexpr int64_t few_bytes = 256 << 10;
+  const auto small_page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  std::vector<Memory> missing;
+  int64_t missing_bytes = 0;
+  for (const auto& [memory, bytes] : results) {
+    if (bytes < few_bytes) continue;
+    const bool many = bytes >= many_bytes;
+    const auto page = many ? uintptr_t{2} << 20 : small_page;
+    const auto address = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t begin = (address + page - 1) / page * page;
+    const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / page * page;
+    if (has_page(begin + (end - begin) / 2)) continue;
+    const Memory whole = {reinterpret_cast<void*>(begin), static_cast<int64_t>(end - begin)};
+    // This and what follows are advice: where the system does not take it, faults bring pages.
+    if (many) {
+      static_cast<void>(madvise(whole.begin, end - begin, MADV_HUGEPAGE));
+    } else {
+      missing.push_back(whole);
+      missing_bytes += whole.bytes;
+    }
+  }
+#if defined(MADV_POPULATE_WRITE)
+  constexpr int64_t worthwhile = 1 << 20;  // entering tasks takes time too
+  if (missing_bytes < worthwhile) return;
+  parallel(parallel.threads, [&](int64_t task) {
+    const auto size = static_cast<int64_t>(small_page);
+    const auto bound = [&](int64_t tasks) {
+      return missing_bytes / size * tasks / parallel.threads * size;
+    };
+    int64_t before = 0;
+    for (const auto& [memory, bytes] : missing) {
+      const int64_t begin = std::clamp<int64_t>(bound(task) - before, 0, bytes);
+      const int64_t end = std::clamp<int64_t>(bound(task + 1) - before, 0, bytes);
+      if (begin < end) {
+        static_cast<void>(madvise(static_cast<char*>(memory) + begin,
+                                  static_cast<size_t>(end - begin), MADV_POPULATE_WRITE));
+      }
+      before += bytes;
+    }
+  });
+#endif
 }
 #else
-void use_huge_pages(void*, int64_t) {}
+void prepare(const std::vector<Memory>&, const Parallel&) {}
 #endif
 
 void* thread_scratch(int slot, int64_t bytes) {

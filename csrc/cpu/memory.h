@@ -2,12 +2,16 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+#include "cpu/plan.h"
 
 namespace adapter_ext::cpu {
 
-// Asks for huge pages for memory that is about to be written whole, if it is so much that it is
-// new: a fault for each 4 KiB takes longer than the kernels. No page reaches beyond the memory.
-void use_huge_pages(void* memory, int64_t bytes);
+// Prepares the memory of results, where it is new. A fault for each 4 KiB can take longer than the
+// kernels: for a result of so much that it is always new, huge pages are asked for, whose faults
+// are few; for others all threads ask for pages, many at a time. No page reaches beyond a result.
+void prepare(const std::vector<Memory>& results, const Parallel& parallel);
 
 // Three buffers of the calling thread, by slot, 64-byte aligned, at least `bytes` long. They are
 // kept for the next call, since fresh memory costs a page fault every 4 KiB. Throws std::bad_alloc.

@@ -118,7 +118,7 @@ class Workspace {
 };
 
 struct SimulatedBackend {
-  static void allocated(void*, int64_t) {}
+  static void allocated(const std::vector<Memory>&) {}
 
   template <class Problem>
   static void run(const Problem& problem, const Tensor&) {
