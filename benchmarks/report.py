@@ -3,8 +3,9 @@
 Between the lines ``<!-- benchmarks: begin FILE TABLE -->`` and ``<!-- benchmarks: end -->`` of a
 page stands a table of a file in benchmarks/results, or of several that patterns name
 (``grid/*.json,again/*.json``); ``machine`` is the line about a file's machine, ``TABLE summary``,
-``TABLE targets`` and ``TABLE speedups`` say what a table amounts to, ``TABLE runs`` where runs of the
-same cases differ. The pictures are those of ``benchmarks plot`` for the files in the folder ``DRAWN``.
+``TABLE targets`` and ``TABLE speedups`` say what a table amounts to, ``TABLE runs`` where runs
+of the same cases differ. The pictures are those of ``benchmarks plot`` for the files in the folder
+``DRAWN``.
 """
 
 from __future__ import annotations
