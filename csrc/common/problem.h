@@ -83,12 +83,6 @@ struct LinearAdapterForward : LinearAdapterProblem {
   void* rstd;    // [rows]
 };
 
-// Memory of a result, which the kernels write whole.
-struct Memory {
-  void* begin;
-  int64_t bytes;
-};
-
 struct LinearAdapterBackward : LinearAdapterProblem {
   const void* x;         // [rows, D]
   const void* grad_y;    // [rows, D]
@@ -98,6 +92,12 @@ struct LinearAdapterBackward : LinearAdapterProblem {
   const void* rstd;
   void* grad_x;                       // [rows, D]; null: not wanted
   const AdapterGradients* gradients;  // [adapters]
+};
+
+// Memory of a result, which the kernels write whole.
+struct Memory {
+  void* begin;
+  int64_t bytes;
 };
 
 }  // namespace adapter_ext

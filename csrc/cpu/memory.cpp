@@ -25,7 +25,7 @@ bool has_page(uintptr_t address) {
 
 }  // namespace
 
-void prepare(const std::vector<Memory>& results, const Parallel& parallel) {
+void prepare(const std::vector<Memory>& results, [[maybe_unused]] const Parallel& parallel) {
   constexpr int64_t many_bytes = 32 << 20;  // from here on the C library's memory is always new
   constexpr int64_t few_bytes = 256 << 10;
   const auto small_page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
