@@ -1,4 +1,4 @@
-"""Memory is prepared for large results of the CPU kernels."""
+"""Huge pages are asked for large results of the CPU kernels."""
 
 from __future__ import annotations
 
