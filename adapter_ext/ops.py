@@ -552,12 +552,18 @@ class _LinearAdapter(torch.autograd.Function):
             return _inference(x, list(weights), *rest)
         with torch._C._AutoDispatchBelowAutograd():
             y, aux, saved = _forward(x, list(weights), *rest)
-        _save(ctx, _Call(x, list(weights), rest, saved))
+        # The tensors of `rest` are saved for the check that nothing has changed them.
+        ctx.save_for_backward(x, saved, *weights, *(t for t in rest if isinstance(t, Tensor)))
+        ctx.rest = rest
+        ctx.set_materialize_grads(False)
         return y, aux
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, *_gradients(_saved(ctx), grads[0], grads[1], ctx.needs_input_grad[1:])
+    def backward(ctx: Any, grad_y: Tensor | None, grad_aux: Tensor | None) -> Any:
+        needed = ctx.needs_input_grad[1:]
+        x, saved, *weights = ctx.saved_tensors
+        call = _Call(x, weights[: len(needed) - 1], ctx.rest, saved)
+        return None, *_gradients(call, grad_y, grad_aux, needed)
 
 
 class _TransformableLinearAdapter(torch.autograd.Function):
@@ -577,7 +583,7 @@ class _TransformableLinearAdapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _LinearAdapter.backward(ctx, *grads)
+        return None, *_gradients(_saved(ctx), grads[0], grads[1], ctx.needs_input_grad[1:])
 
 
 def _save(ctx: Any, call: _Call) -> None:

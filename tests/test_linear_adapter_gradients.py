@@ -226,14 +226,20 @@ def test_little_is_saved(norm_position: str) -> None:
     assert sum(saved.values()) <= 4 * rows * (largest_bottleneck + 4)
 
 
-def test_modified_inputs_are_noticed() -> None:
-    """Writing to x between forward and backward is autograd's error, not a wrong gradient."""
-    call = Case().build()
-    x = call.x.detach().clone()
-    y, _ = adapter_ext.linear_adapter(x, call.weights, call.routing)
-    x.add_(1.0)
+@pytest.mark.parametrize("modified", ["x", "order", "offsets", "l2_lambda", "seed"])
+def test_modified_inputs_are_noticed(modified: str) -> None:
+    """Writing to one between forward and backward is autograd's error, not a wrong gradient."""
+    call = Case(options=OPTIONS["all-call"]).build()
+    assert call.routing is not None
+    lambdas = torch.full((call.weights.num_adapters,), 0.5, dtype=call.x.dtype)
+    given = {**call.routing._asdict(), **call.options, "x": call.x.detach(), "l2_lambda": lambdas}
+    given = {k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}
+    routing = adapter_ext.Routing(given["ids"], given["order"], given["offsets"])
+    options = {name: given[name] for name in call.options}
+    y, aux = adapter_ext.linear_adapter(given["x"], call.weights, routing, **options)
+    given[modified].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(y, list(call.inputs().values())[1:], call.dy)
+        torch.autograd.grad((y, aux), list(call.inputs().values())[1:], (call.dy, call.daux))
 
 
 def test_backward_twice() -> None:

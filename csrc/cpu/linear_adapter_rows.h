@@ -24,13 +24,15 @@ inline constexpr int64_t kMostBlockRows = 96;
 
 // Rows of a block: as many as keep x, and scratch of its size, in a second-level cache, but not so
 // few that reading the weights takes longer than the products with them; those of small bottlenecks
-// stay in that cache. Tiles are so fast that they want all rows there can be.
+// stay in that cache, those of large ones come from far away. Tiles are so fast that they want all
+// rows there can be.
 template <class C, class Product>
 ADAPTER_EXT_HOST_DEVICE int64_t block_rows(const LinearAdapterProblem& problem) {
   if (Product::kStepGroup > 1) return kMostBlockRows;
   const int64_t row_bytes = problem.hidden_size * static_cast<int64_t>(sizeof(C));
   const int64_t fitting = (192 << 10) / row_bytes / kTileRows * kTileRows;
-  return std::clamp<int64_t>(fitting, problem.hidden_stride > 32 ? 48 : 24, kMostBlockRows);
+  const int64_t r = problem.hidden_stride;
+  return std::clamp<int64_t>(fitting, r > 128 ? 96 : r > 32 ? 48 : 24, kMostBlockRows);
 }
 
 // How a segment's rows are cut: into blocks of equal size, so that none is a lone last row. Rows
