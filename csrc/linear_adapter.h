@@ -25,7 +25,7 @@ class LinearAdapterArguments {
                          int64_t compute_type, double dropout, double stochastic_depth,
                          int64_t depth_mode, const std::optional<Tensor>& l2_lambda,
                          const std::optional<Tensor>& seed)
-      : x_(as_contiguous(x)) {
+      : x_(as_contiguous(x)), device_(adapter_ext::device(x)) {
     p_.data_type = data_type({kOp, "x"}, x);
     accumulate_type_ = p_.data_type == DataType::kFloat64 ? ScalarType::Double : ScalarType::Float;
     if (x.dim() < 1 || x.size(x.dim() - 1) < 1) {
@@ -62,7 +62,7 @@ class LinearAdapterArguments {
                                                        : DataType::kFloat32;
     set_routing(order, offsets);
     if (seed) {
-      check_device({kOp, "seed"}, *seed, x_);
+      check_device({kOp, "seed"}, *seed, device_);
       check_type({kOp, "seed"}, *seed, {ScalarType::Long});
       if (seed->numel() != 1) {
         fail({kOp, "seed"}, "expected one element, got shape ", shape_text(*seed));
@@ -72,7 +72,7 @@ class LinearAdapterArguments {
       fail({kOp, "seed"}, "expected a tensor where dropout or stochastic_depth is above 0");
     }
     if (l2_lambda) {
-      check_device({kOp, "l2_lambda"}, *l2_lambda, x_);
+      check_device({kOp, "l2_lambda"}, *l2_lambda, device_);
       check_type({kOp, "l2_lambda"}, *l2_lambda, {accumulate_type_});
       check_shape({kOp, "l2_lambda"}, *l2_lambda, {p_.routing.adapters});
       l2_lambda_ = as_contiguous(*l2_lambda);
@@ -82,6 +82,7 @@ class LinearAdapterArguments {
 
   const LinearAdapterProblem& problem() const { return p_; }
   const Tensor& x() const { return x_; }
+  const Device& device() const { return device_; }
   ScalarType accumulate_type() const { return accumulate_type_; }
   bool stacked() const { return p_.adapters.list == nullptr; }
   int64_t bottleneck(int64_t a) const {
@@ -104,20 +105,21 @@ class LinearAdapterArguments {
     const bool stack = count == 1 && down[0].dim() == 3;
     const int64_t dims = stack ? 3 : 2;
     p_.weight_type = count ? data_type({kOp, "down", 0}, down[0]) : p_.data_type;
+    const ScalarType x_type = x_.scalar_type(), type = count ? down[0].scalar_type() : x_type;
     p_.hidden_stride = 0;
     views_.resize(count);
     for (size_t a = 0; a < count; ++a) {
       const int64_t i = stack ? -1 : static_cast<int64_t>(a);
       const auto check = [&](const Tensor& tensor, const char* argument, int64_t expected_dims) {
         const ArgumentName name{kOp, argument, i};
-        check_device(name, tensor, x_);
+        check_device(name, tensor, device_);
         if (p_.data_type == DataType::kFloat32) {
           check_type(name, tensor, {ScalarType::Float});
         } else {
-          check_type(name, tensor, {x_.scalar_type(), ScalarType::Float});
+          check_type(name, tensor, {x_type, ScalarType::Float});
         }
-        if (tensor.scalar_type() != down[0].scalar_type()) {
-          fail(name, "expected the dtype of down, ", type_text(down[0].scalar_type()), ", got ",
+        if (tensor.scalar_type() != type) {
+          fail(name, "expected the dtype of down, ", type_text(type), ", got ",
                type_text(tensor.scalar_type()));
         }
         if (tensor.dim() != expected_dims) {
@@ -185,7 +187,7 @@ class LinearAdapterArguments {
     } else {
       for (const auto& [tensor, name] :
            {std::pair{&*order, "routing.order"}, std::pair{&*offsets, "routing.offsets"}}) {
-        check_device({kOp, name}, *tensor, x_);
+        check_device({kOp, name}, *tensor, device_);
         check_type({kOp, name}, *tensor, {ScalarType::Long});
         check_contiguous({kOp, name}, *tensor);
       }
@@ -207,6 +209,7 @@ class LinearAdapterArguments {
   }
 
   Tensor x_;
+  Device device_;
   std::optional<Tensor> l2_lambda_;
   ScalarType accumulate_type_;
   LinearAdapterProblem p_{};
@@ -311,11 +314,11 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
   static_cast<LinearAdapterProblem&>(problem) = arguments.problem();
   const Tensor& from = arguments.x();
   const ScalarType type = arguments.accumulate_type();
-  check_device({op, "saved"}, saved, from);
+  check_device({op, "saved"}, saved, arguments.device());
   check_type({op, "saved"}, saved, {type});
   check_shape({op, "saved"}, saved, {saved_shape(problem)[0]});
   check_contiguous({op, "saved"}, saved);
-  check_device({op, "grad_y"}, grad_y, from);
+  check_device({op, "grad_y"}, grad_y, arguments.device());
   check_type({op, "grad_y"}, grad_y, {from.scalar_type()});
   if (grad_y.numel() != from.numel()) {
     fail({op, "grad_y"}, "expected the shape of x, ", shape_text(from), ", got ",
@@ -328,7 +331,7 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
   const Tensor grad = as_contiguous(grad_y);
   std::optional<Tensor> aux;
   if (grad_aux) {
-    check_device({op, "grad_aux"}, *grad_aux, from);
+    check_device({op, "grad_aux"}, *grad_aux, arguments.device());
     check_type({op, "grad_aux"}, *grad_aux, {type});
     check_shape({op, "grad_aux"}, *grad_aux, {problem.routing.adapters});
     aux = as_contiguous(*grad_aux);

@@ -70,9 +70,18 @@ inline bool is_cuda(const Tensor& tensor) {
   return device_type(tensor) == aoti_torch_device_type_cuda();
 }
 
-inline void check_device(const ArgumentName& name, const Tensor& tensor, const Tensor& like) {
-  if (device_type(tensor) != device_type(like) ||
-      tensor.get_device_index() != like.get_device_index()) {
+struct Device {
+  int32_t type, index;
+
+  bool operator==(const Device&) const = default;
+};
+
+inline Device device(const Tensor& tensor) {
+  return {device_type(tensor), static_cast<int32_t>(tensor.get_device_index())};
+}
+
+inline void check_device(const ArgumentName& name, const Tensor& tensor, const Device& expected) {
+  if (device(tensor) != expected) {
     fail(name, "expected a tensor on the device of x, got one on another device");
   }
 }
@@ -80,9 +89,11 @@ inline void check_device(const ArgumentName& name, const Tensor& tensor, const T
 inline void check_type(const ArgumentName& name, const Tensor& tensor,
                        std::initializer_list<ScalarType> allowed) {
   const ScalarType type = tensor.scalar_type();
-  std::string expected;
   for (const ScalarType option : allowed) {
     if (type == option) return;
+  }
+  std::string expected;
+  for (const ScalarType option : allowed) {
     expected += concatenate(expected.empty() ? "" : " or ", type_text(option));
   }
   fail(name, "expected dtype ", expected, ", got ", type_text(type));
