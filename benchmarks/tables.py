@@ -205,7 +205,8 @@ def runs(results: Sequence[Result]) -> str:
     rows = [(name, own, statistics.median(own)) for name, own in slower.items()]
     if others:
         least = [min(run) for run in zip(*others, strict=True)]
-        rows.append((f"least of the other {len(others)}", least, min(medians)))
+        which = "the other" if slower else "all"
+        rows.append((f"least of {which} {len(others)}", least, min(medians)))
     count = max(map(len, ratios.values()))
     header = ["eager/ours", *(f"run {i + 1}" for i in range(count)), "median"]
     return markdown_table(
