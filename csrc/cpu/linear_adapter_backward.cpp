@@ -352,7 +352,7 @@ class RowPass {
 
   // Some blocks of the range.
   void run(int64_t task, int64_t tasks) {
-    for_each_block(results_.range, block_rows_, task, tasks,
+    for_each_block(results_.range, block_rows_, weight_rows(p_), task, tasks,
                    [&](const Block& block, const Block& next) {
                      const Segment& segment = *block.segment;
                      const Blocks blocks(results_.range, segment, block_rows_, tasks);
@@ -685,9 +685,8 @@ class ColumnPass {
   // Some tiles of the range's segments, that follow each other and are of about equal cost for each
   // task.
   void run(int64_t task, int64_t tasks) {
-    constexpr int64_t fixed = 16;  // the cost, in rows, of what does not depend on their number
     const Range& range = results_.range;
-    const int64_t segments = static_cast<int64_t>(range.segments.size());
+    const int64_t segments = static_cast<int64_t>(range.segments.size()), fixed = weight_rows(p_);
     const int64_t total = (range.rows + fixed * segments) * tiles_.count;
     int64_t cost = 0;
     for (const Segment& segment : range.segments) {
@@ -1139,7 +1138,7 @@ void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Pa
     const Tiles<C> tiles(problem, 1);
     const Ranges<C, Product> ranges(problem, tiles, true);
     const bool carries = ranges.carry && longest > ranges.most_rows;
-    const int64_t tasks = std::min(threads, count);
+    const int64_t tasks = std::min(threads, count), fixed = weight_rows(problem);
     parallel(tasks, [&](int64_t task) {
       [[maybe_unused]] const Setup setup;
       Results results(problem, std::min(longest, ranges.most_rows), 1,
@@ -1147,7 +1146,8 @@ void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Pa
       Rows rows(problem, plan, results);
       Columns columns(problem, plan, results, tiles, streamed);
       const auto is_own = [&](const Segment& segment) {
-        return segment.first_position * tasks / plan.active.rows == task;
+        const int64_t before = segment.first_position + fixed * (&segment - segments.data());
+        return before * tasks / (plan.active.rows + fixed * count) == task;
       };
       auto segment = std::find_if(segments.begin(), segments.end(), is_own);
       while (segment != segments.end()) {

@@ -146,22 +146,23 @@ class Forward {
   // Some blocks of rows of all segments.
   void run(int64_t task, int64_t tasks) {
     const Segment* packed = nullptr;
-    for_each_block(
-        plan_.active, block_rows_, task, tasks, [&](const Block& block, const Block& next) {
-          const Segment& segment = *block.segment;
-          if (packed != &segment) {
-            const Blocks blocks(plan_.active, segment, block_rows_, tasks);
-            prepare_adapter(segment, blocks.rows_in_task);
-          }
-          packed = &segment;
-          for (int64_t i = 0; i < next.count; ++i) {
-            const int64_t row =
-                Plan::row(*next.segment, p_.routing.rows_per_sample, next.first + i);
-            next_[i] = {static_cast<const X*>(p_.x) + row * width_, width_ * int64_t{sizeof(X)}};
-          }
-          ahead_.set(next_, next.count);
-          run_block(segment, block.first, block.count);
-        });
+    for_each_block(plan_.active, block_rows_, weight_rows(p_), task, tasks,
+                   [&](const Block& block, const Block& next) {
+                     const Segment& segment = *block.segment;
+                     if (packed != &segment) {
+                       const Blocks blocks(plan_.active, segment, block_rows_, tasks);
+                       prepare_adapter(segment, blocks.rows_in_task);
+                     }
+                     packed = &segment;
+                     for (int64_t i = 0; i < next.count; ++i) {
+                       const int64_t row =
+                           Plan::row(*next.segment, p_.routing.rows_per_sample, next.first + i);
+                       next_[i] = {static_cast<const X*>(p_.x) + row * width_,
+                                   width_ * int64_t{sizeof(X)}};
+                     }
+                     ahead_.set(next_, next.count);
+                     run_block(segment, block.first, block.count);
+                   });
     finish_streams();
   }
 

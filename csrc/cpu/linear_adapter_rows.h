@@ -391,6 +391,12 @@ inline bool shares_columns(const LinearAdapterProblem& problem, const Plan& plan
          r * problem.hidden_size >= worthwhile;
 }
 
+// What an adapter costs whatever its rows are, in rows: its weights come from memory, and some are
+// packed. A row costs more than its products where the bottleneck is small.
+inline int64_t weight_rows(const LinearAdapterProblem& problem) {
+  return problem.hidden_stride > 32 ? 16 : 8;
+}
+
 // Rows of a segment that are worked on together.
 struct Block {
   const Segment* segment;
@@ -400,13 +406,11 @@ struct Block {
 
 // Splits the row blocks of all segments over tasks of about equal cost, each a contiguous range so
 // that a task packs an adapter's weights once, and calls body(block, next) for those of one task,
-// `next` the one that follows or empty. Packing an adapter costs about as much as kPackingRows
-// rows.
+// `next` the one that follows or empty.
 template <class Body>
-static void for_each_block(const Range& range, int64_t rows_in_block, int64_t task, int64_t tasks,
-                           Body&& body) {
-  constexpr int64_t kPackingRows = 8;
-  const int64_t total = range.rows + kPackingRows * static_cast<int64_t>(range.segments.size());
+static void for_each_block(const Range& range, int64_t rows_in_block, int64_t weight_rows,
+                           int64_t task, int64_t tasks, Body&& body) {
+  const int64_t total = range.rows + weight_rows * static_cast<int64_t>(range.segments.size());
   int64_t cost = 0;
   Block ready = {};
   for (const Segment& segment : range.segments) {
@@ -421,7 +425,7 @@ static void for_each_block(const Range& range, int64_t rows_in_block, int64_t ta
       }
       cost += count;
     }
-    cost += kPackingRows;
+    cost += weight_rows;
   }
   if (ready.count > 0) body(ready, Block{});
 }
