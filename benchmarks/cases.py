@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ceilings, measure, packages, peers
-from benchmarks.results import Result, Spread, ratios
+from benchmarks.results import Result, Spread, ratios, settled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORWARD = "forward"
@@ -137,6 +137,7 @@ def measure_case(
     *,
     probes: ceilings.Probes,
     seconds: float,
+    settle: float = 0.0,
     table: str = "grid",
     sampler: measure.Sampler = measure.wall_clock,
     device: str = "cpu",
@@ -148,6 +149,7 @@ def measure_case(
         wanted: names of the peers.
         probes: of the limits that the floor follows from.
         seconds: how long to time each function.
+        settle: how long at most, while it is not clear of each peer if it is faster.
         table: which the result belongs to.
         sampler: how to time.
         device: where.
@@ -173,7 +175,13 @@ def measure_case(
         steps[name] = step(case.mode, implementation, problem.dy)
         _check(case, name, _named(steps[name](), implementation), expected[layer], implementation)
     expected.clear()
-    times = measure.interleaved({**steps, **probes.functions}, seconds=seconds, sampler=sampler)
+    times = measure.interleaved(
+        {**steps, **probes.functions},
+        sampler=sampler,
+        seconds=seconds,
+        settle=settle,
+        settled=lambda samples: settled({name: samples[name] for name in steps}),
+    )
     spreads = {name: Spread.of(samples) for name, samples in times.items()}
     limits = probes.limits({name: spreads[name].median for name in probes.functions})
     return Result(

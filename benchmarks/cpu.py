@@ -65,6 +65,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--no-compile", action="store_true", help="the peers without torch.compile")
     command.add_timing(parser, seconds=0.15)
     parser.add_argument(
+        "--settle",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="for each function at most, while it is not clear of each peer if it is faster",
+    )
+    parser.add_argument(
         "--allocator",
         choices=measure.ALLOCATORS,
         default="default",
@@ -129,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description=table,
             probes=probes,
             seconds=options.seconds,
+            settle=options.settle,
             table=table,
             sampler=options.sampler,
         )

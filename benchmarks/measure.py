@@ -63,6 +63,8 @@ def interleaved(
     *,
     sampler: Sampler = wall_clock,
     seconds: float = 0.3,
+    settle: float = 0.0,
+    settled: Callable[[Mapping[str, Sequence[float]]], bool] = lambda samples: True,
     min_samples: int = 3,
     max_samples: int = 1000,
 ) -> dict[str, list[float]]:
@@ -72,6 +74,8 @@ def interleaved(
         functions: what to time, by name.
         sampler: how to time it.
         seconds: how long to go on, for each function.
+        settle: how long to go on at most while ``settled`` says no, for each function.
+        settled: whether the samples so far, by name, answer what is asked.
         min_samples: samples of each function, however long they take.
         max_samples: enough samples of each function.
 
@@ -80,11 +84,12 @@ def interleaved(
     """
     take = {name: sampler(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    end = time.perf_counter() + seconds * len(functions)
+    start = time.perf_counter()
     # In another order each round: what was timed before leaves its mark on caches and threads.
     order, shuffle = list(functions), random.Random(0).shuffle
     for count in range(max_samples):
-        if count >= min_samples and time.perf_counter() > end:
+        spent = (time.perf_counter() - start) / len(functions)
+        if count >= min_samples and spent > seconds and (spent > settle or settled(samples)):
             break
         shuffle(order)
         for name in order:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ FOLDER = pathlib.Path(__file__).resolve().parent / "results"
 """Where the results are that the documentation shows."""
 
 FEW_SAMPLES = 8
+UNCERTAINTY = 0.01
+"""How likely :func:`settled` may be to say so of two functions that take equally long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,24 @@ def ratios(
         if name != reference:
             pairs = zip(times, samples[reference], strict=True)
             yield name, Spread.of([time / other for time, other in pairs])
+
+
+def settled(samples: Mapping[str, Sequence[float]], reference: str = "ours") -> bool:
+    """Whether it is clear of each but the reference if it takes longer or less long in the median.
+
+    By a sign test of the ratios in each round, which supposes nothing about how times are
+    distributed: of two functions that take equally long, either is as likely to win a round.
+    """
+    for name, times in samples.items():
+        if name == reference:
+            continue
+        rounds = len(times)
+        longer = sum(time > other for time, other in zip(times, samples[reference], strict=True))
+        fewer = min(longer, rounds - longer)
+        one_side = sum(math.comb(rounds, wins) for wins in range(fewer + 1)) / 2**rounds
+        if 2 * one_side > UNCERTAINTY:
+            return False
+    return True
 
 
 def _result(fields: dict[str, Any]) -> Result:

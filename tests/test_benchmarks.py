@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -591,6 +593,35 @@ def test_functions_are_timed_in_another_order_each_round_after_a_call_of_their_o
     rounds = {tuple(timed[::2][i : i + 3]) for i in range(0, 60, 3)}
     assert len(rounds) > 1
     assert all(sorted(order) == sorted(names) for order in rounds)
+
+
+def test_a_near_tie_is_timed_until_it_is_settled() -> None:
+    """Eager takes longer in two rounds of three: a fair coin does that for 61 rounds in 1%."""
+    took = {"ours": itertools.cycle([1.0]), "eager": itertools.cycle([2.0, 0.5, 2.0])}
+    functions: dict[str, Callable[[], object]] = {name: lambda: None for name in took}
+
+    def rounds(**options: float) -> int:
+        samplers = iter(took.values())
+        samples = measure.interleaved(
+            functions,
+            sampler=lambda function: functools.partial(next, next(samplers)),
+            seconds=0.0,
+            settled=results.settled,
+            **options,
+        )
+        return len(samples["ours"])
+
+    assert rounds() == 3
+    assert 55 <= rounds(settle=60.0) <= 64
+
+
+def test_settled() -> None:
+    ours = [1.0] * 8
+    assert results.settled({"ours": ours, "eager": [1.1] * 8, "bmm": [0.9] * 8})
+    assert not results.settled({"ours": ours[:7], "eager": [1.1] * 7})  # 2 / 2^7 > 1%
+    assert not results.settled({"ours": ours, "eager": [1.1] * 8, "bmm": [0.9] * 7 + [1.1]})
+    assert results.settled({"ours": [1.0] * 20, "eager": [1.1] * 17 + [0.5] * 3})
+    assert not results.settled({"ours": [1.0] * 20, "eager": [1.1] * 16 + [0.5] * 4})
 
 
 def test_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
