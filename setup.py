@@ -91,8 +91,11 @@ def cuda_options() -> list[str]:
         r"^#\$ TOP=(.*)$", output("--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE
     )
     version = re.search(r"release ([\d.]+), V([\d.]+)", output("--version"))
-    if top is None or version is None:
-        raise SystemExit(f"{nvcc}: expected nvcc of a CUDA toolkit of version 13 or later")
+    if top is None or version is None or int(version[1].split(".")[0]) < 13:
+        raise SystemExit(
+            f"{nvcc}: expected nvcc of a CUDA toolkit of version 13 or later, got "
+            f"{version[1] if version else 'something else'}; ADAPTER_EXT_CUDA=0 builds without CUDA"
+        )
     archs = os.environ.get("ADAPTER_EXT_CUDA_ARCHS", CUDA_ARCHS)
     return [
         f"-DADAPTER_EXT_NVCC={nvcc}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -22,14 +22,12 @@ from adapter_ext.mixin import (
     hosts_of,
     named_hosts,
     routes_in_force,
+    unwrapped,
 )
 from adapter_ext.model_mixin import AdapterModelPTMixin, chosen, load_states, refill
 from adapter_ext.names import check_adapter_name
 from adapter_ext.registry import targets_of_a_file, to_plain_config
 from adapter_ext.routing import routed_hosts
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_adapter(model: nn.Module, name: str, cfg: Any) -> None:
@@ -49,6 +47,7 @@ def add_adapter(model: nn.Module, name: str, cfg: Any) -> None:
             (call its ``add_adapter``), the name is taken, reserved or malformed, or a host does
             not accept the adapter. The model is as it was then.
     """
+    model = unwrapped(model)
     hosts = _own_hosts(model)
     check_adapter_name(name, _names(hosts))
     plain = to_plain_config(cfg)
@@ -105,7 +104,8 @@ def save_adapters(
     The file is one that :meth:`AdapterModelPTMixin.save_adapters` could have written.
 
     Args:
-        model: any module with hosts.
+        model: any module with hosts. The file is the same if DistributedDataParallel or
+            torch.compile is around it.
         filepath: the file; ``.safetensors`` is recommended, ``.pt`` is NeMo's format.
         name: the adapter; None means all.
 
@@ -116,7 +116,7 @@ def save_adapters(
             several hosts, or the suffix is another.
         OSError: if the file can't be written.
     """
-    hosts = _own_hosts(model)
+    hosts = _own_hosts(unwrapped(model))
     saved: dict[str, files.SavedAdapter] = {}
     for key in _names(hosts) if name is None else [name]:
         having = _having(hosts, key)
@@ -171,6 +171,7 @@ def load_adapters(
         adapter_ext.FileError: a ValueError, if the file's content is not as it should be, or does
             not fit this model. The model is as it was then.
     """
+    model = unwrapped(model)
     hosts = _own_hosts(model)
     content = files.read_adapters(filepath, map_location=map_location)
     where = os.fspath(filepath)

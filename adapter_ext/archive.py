@@ -60,7 +60,12 @@ def write_archive(
         # In the same folder: there must be room for it anyway.
         folder = os.path.dirname(os.path.realpath(path))
         with tempfile.TemporaryFile(dir=folder) as weights:
-            torch.save({key: tensor.detach().cpu() for key, tensor in state.items()}, weights)
+            torch.save({key: _as_stored(tensor) for key, tensor in state.items()}, weights)
+            weights.seek(0)
+            try:
+                read_torch_file(cast(BinaryIO, weights), values=False)
+            except FileError as error:
+                raise FileError(f"{os.fspath(path)} can't be written: {error}") from error
             _add(archive, _WEIGHTS, weights)
 
 
@@ -99,12 +104,24 @@ def _add(archive: tarfile.TarFile, name: str, content: IO[bytes]) -> None:
     archive.addfile(member, content)
 
 
+def _as_stored(tensor: Tensor) -> Tensor:
+    """A tensor as files have it: of as many values as its shape says, none computed when read."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    expanded = tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes()
+    return tensor.contiguous() if expanded else tensor
+
+
 def _check_state(state: Any) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise FileError(f"{_WEIGHTS} holds no state dict but an object of type {type(state)}")
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise FileError(f"{_WEIGHTS} has {key!r}, of type {type(tensor).__name__}: no tensor")
+        if type(tensor.detach()) is not Tensor:
+            raise FileError(
+                f"{key!r} in {_WEIGHTS} is a {type(tensor).__name__}, of which a file can hold "
+                f"nothing; make it a plain tensor (full_tensor() of one that processes share)"
+            )
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
             raise FileError(
                 f"{key!r} in {_WEIGHTS} must be a dense tensor of a common type, got "

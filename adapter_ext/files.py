@@ -150,6 +150,11 @@ def write_adapters(path: str | os.PathLike[str], content: AdapterFile) -> None:
             file.write(data)
         else:
             torch.save(saved, file)
+            file.seek(0)
+            try:
+                read_torch_file(file, values=False)
+            except FileError as error:
+                raise FileError(f"{os.fspath(path)} can't be written: {error}") from error
 
 
 def read_adapters(
@@ -190,7 +195,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         path: the file; of a symbolic link the one it points to.
 
     Yields:
-        The temporary file, open for writing.
+        The temporary file, open for writing and reading.
 
     Raises:
         OSError: if the file can't be written.
@@ -198,7 +203,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "x+b") as file:
             with contextlib.suppress(FileNotFoundError):
                 os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
             yield file
@@ -263,7 +268,7 @@ def _checked_adapter(adapter: SavedAdapter) -> SavedAdapter:
     label = f"adapter {adapter.name!r}"
     module, paths, states = adapter.module, adapter.paths, adapter.states
     if not isinstance(module, str) or not (
-        module == "" or all(map(_is_dotted_name, module.split("+")))
+        module == "" or (":" not in module and all(map(_is_path, module.split("+"))))
     ):
         raise FileError(f"{label}: {module!r} can't name a module")
     config = _plain_config(adapter.config, f"the configuration of {label}")
@@ -289,9 +294,7 @@ def _check_paths(paths: object, label: str) -> None:
     if not isinstance(paths, list):
         raise FileError(f"{label}: the module paths must be a list, got {paths!r}")
     for path in paths:
-        if not isinstance(path, str) or not (
-            path == "" or (path.isprintable() and all(path.split(".")))
-        ):
+        if not isinstance(path, str) or not (path == "" or _is_path(path)):
             raise FileError(f"{label}: {path!r} can't be the path of a module")
     if len(set(paths)) != len(paths):
         raise FileError(f"{label}: a module path is there twice: {paths}")
@@ -303,6 +306,11 @@ def _check_tensor(key: object, tensor: object, where: str) -> None:
     where = f"{where}: parameter {key!r}"
     if not isinstance(tensor, Tensor):
         raise FileError(f"{where} is no tensor but of type {type(tensor).__name__}")
+    if type(tensor.detach()) is not Tensor:
+        raise FileError(
+            f"{where} is a {type(tensor).__name__}, of which a file can hold nothing; make it a "
+            f"plain tensor (full_tensor() of one that processes share)"
+        )
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
         raise FileError(
             f"{where} must be a dense tensor of a floating, integer or bool type, got "
@@ -357,6 +365,11 @@ def _check_text(text: str, label: str) -> None:
         )
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise FileError(f"{label} has {text!r}, which is no valid text")
+
+
+def _is_path(path: str) -> bool:
+    """Whether a submodule can be at a path; the names of those in containers are numbers."""
+    return path.isprintable() and all(path.split("."))
 
 
 def _is_dotted_name(name: str) -> bool:

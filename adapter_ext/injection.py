@@ -159,9 +159,8 @@ class InjectedModule(AdapterModuleMixin):
                 f"itself how; eject the model first"
             )
         if rest and isinstance(rest[0], dict):
-            # Nobody has routed a copy, nor counted its samples.
-            left_out = ("_adapter_routes", "_sample_counter")
-            rest[0] = {k: v for k, v in rest[0].items() if k not in left_out}
+            # Nobody has counted a copy's samples.
+            rest[0] = {k: v for k, v in rest[0].items() if k != "_sample_counter"}
         return _new, (self._base_class, *arguments[1:]), *rest
 
 

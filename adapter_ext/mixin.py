@@ -443,6 +443,14 @@ class AdapterModuleMixin(ABC):
 
     # --- Helpers ----------------------------------------------------------------------------------
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict):
+            # Nobody has routed a copy.
+            state = {key: value for key, value in reduced[2].items() if key != "_adapter_routes"}
+            reduced = (*reduced[:2], state, *reduced[3:])
+        return reduced
+
     def _host(self) -> nn.Module:
         return cast(nn.Module, self)
 
@@ -513,6 +521,17 @@ def named_hosts(module: nn.Module) -> list[tuple[str, AdapterModuleMixin]]:
     wanted = set(hosts)
     paths = {m: path for path, m in module.named_modules() if m in wanted}
     return [(paths[cast(nn.Module, host)], host) for host in hosts]  # type: ignore[index]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module within what DistributedDataParallel and torch.compile put around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
 
 
 def list_adapters(model: nn.Module) -> AdapterTable:

@@ -257,12 +257,15 @@ class ModelPT(NeuralModule):
 
 
 def _to_config(cfg: Any) -> DictConfig:
-    """A copy of a configuration, interpolations kept."""
+    """A copy of a configuration, interpolations kept.
+
+    Those of a part of another configuration are resolved, as in NeMo: they may lead out of it.
+    """
     if is_dataclass(cfg):
         cfg = OmegaConf.structured(cfg)
     if isinstance(cfg, DictConfig):
         # Through plain containers: a structured one would refuse keys that it does not know.
-        cfg = OmegaConf.to_container(cfg, resolve=False)
+        cfg = OmegaConf.to_container(cfg, resolve=cfg._get_parent() is not None)
     if not isinstance(cfg, Mapping):
         raise TypeError(
             f"a model's configuration must be a dict, DictConfig or dataclass, "

@@ -2,7 +2,7 @@
 
 ::
 
-    optimizer = adapter_ext.optim.AdamW(model, lr=1e-3, adapters={"fr": {"lr": 3e-4}})
+    optimizer = adapter_ext.optim.AdamW(model, lr=1e-3, adapters={"fr": {"lr": 3e-4}, "de": {}})
     for x, target, names in batches:
         optimizer.zero_grad()
         with adapter_ext.route_adapters(model, names):
@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapter_ext import sample_counts
-from adapter_ext.mixin import hosts_of, named_hosts
+from adapter_ext.mixin import hosts_of, named_hosts, unwrapped
 
 __all__ = ["AdamW", "adapter_groups", "drop_idle_gradients", "mean_per_adapter"]
 
@@ -73,7 +73,8 @@ def drop_idle_gradients(
 
     For any optimizer but :class:`AdamW`, which does it itself: call it before ``step``. It matters
     where :func:`adapter_ext.route_adapters` says that adapters without samples have gradients.
-    Each call starts the count of samples anew; in other cases it does nothing.
+    Each call starts the count of samples anew; in other cases it does nothing. A gradient that is
+    not zero stays: it is that of a pass that counts no samples, by names or without routes.
 
     Args:
         model: any module; its submodules have the adapters.
@@ -192,6 +193,31 @@ class AdamW(torch.optim.AdamW):
                     state_dict["state"][number] = {"step": torch.zeros(()), **values}
         return state_dict
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned, of each adapter by its name.
+
+        Args:
+            state_dict: the state of an optimizer of the same adapters, in any order. Other groups
+                are matched by their order.
+
+        Raises:
+            ValueError: if it is of other adapters, or a group has another number of parameters.
+                Nothing has changed then.
+        """
+        saved = state_dict["param_groups"]
+        own = [group.get("adapter") for group in self.param_groups]
+        if sorted(map(str, own)) != sorted(str(group.get("adapter")) for group in saved):
+            raise ValueError(
+                f"the state must be of the adapters {own}, got "
+                f"{[group.get('adapter') for group in saved]}"
+            )
+        # Names differ, and groups without one keep their order: sorting is stable.
+        places = sorted(range(len(own)), key=lambda i: str(own[i]))
+        groups = dict(zip(places, sorted(saved, key=lambda g: str(g.get("adapter"))), strict=True))
+        super().load_state_dict(
+            {**state_dict, "param_groups": [groups[i] for i in range(len(own))]}
+        )
+
     def match_model(
         self, adapters: Mapping[str, Mapping[str, Any]] | Sequence[str] | None = None
     ) -> None:
@@ -219,7 +245,9 @@ class AdamW(torch.optim.AdamW):
         kept = {parameter for group in wanted for parameter in group["params"]}
         self.param_groups = others
         for group in wanted:
-            old = next((before[p] for p in group["params"] if p in before), {})
+            old = dict(next((before[p] for p in group["params"] if p in before), {}))
+            if "lr" in group:
+                old.pop("initial_lr", None)  # a new scheduler would begin with that
             self.add_param_group({"max_norm": self._max_norm, **old, **group})
         for parameter in before.keys() - kept:
             self.state.pop(parameter, None)
@@ -277,6 +305,7 @@ class AdamW(torch.optim.AdamW):
             state[parameter] = {k: v.detach().clone() for k, v in values.items()}
         for parameter in parameters.values():
             self.state.pop(parameter, None)
+        group.pop("initial_lr", None)  # that of a scheduler, unless the options have it too
         group.update(state_dict["options"])
         for parameter, values in state.items():
             on_device = group["fused"] or group["capturable"]
@@ -298,7 +327,7 @@ class AdamW(torch.optim.AdamW):
         own = set(self._group(name)["params"])
         return {
             f"{path}:{key}": parameter
-            for path, host in named_hosts(_unwrapped(self.model))
+            for path, host in named_hosts(unwrapped(self.model))
             if name in host._adapters()
             for key, parameter in host._adapters()[name].named_parameters()
             if parameter in own
@@ -322,7 +351,8 @@ def mean_per_adapter(
         names: what :func:`adapter_ext.route_adapters` got: names, or indices of losses's shape.
             Samples without an adapter are averaged on their own.
         counts: by name, or index, the number of samples to divide by; None means those of this
-            call. For gradient accumulation, give those of all the batches of the step.
+            call, in all processes. For gradient accumulation, give those of all the batches of the
+            step: with a process group, of the batches of all processes.
         process_group: processes whose gradients are averaged, by DistributedDataParallel or
             fully_shard for instance: the means are over the samples of all of them. Each must call
             this.
@@ -367,14 +397,3 @@ def mean_per_adapter(
             raise ValueError(f"counts must have adapter {missing[0]!r}; it has {list(counts)}")
         samples = torch.tensor([counts[key] for key in keys], device=losses.device).reshape(shape)
     return (losses / samples).sum() * processes
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module within what DistributedDataParallel and torch.compile put around it."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            return model

@@ -62,7 +62,7 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
     samples one after the other, which is slow and waits for the device.
 
     Recomputation by ``torch.utils.checkpoint`` needs the routes again: pass it
-    ``context_fn=lambda: (nullcontext(), route_adapters(model, names))``.
+    ``context_fn=checkpoint_context(model)`` (:func:`adapter_ext.checkpoint_context`).
 
     With names, adapters that no sample uses get no gradient (None): optimizers of PyTorch leave
     them alone. With indices every enabled adapter gets one, zero for those without samples, so that
@@ -83,8 +83,8 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
         TypeError: if names is of another type.
         ValueError: on entering, if a name or index is unknown, or that of a disabled adapter; in
             forward, if the input does not have as many samples.
-        RuntimeError: from compiled or exported code that enters the context, if an index is
-            unknown, or that of a disabled adapter.
+        RuntimeError: in forward, if the indices were written to in place; from compiled or exported
+            code that enters the context, if an index is unknown, or that of a disabled adapter.
     """
     hosts = hosts_of(module)
     if isinstance(names, Tensor):
@@ -151,8 +151,10 @@ def _from_names(
         name = next(name for name in used if name in unknown)
         raise ValueError(f"there is no adapter named {name!r}; there are {list(_index(hosts))}")
     ids = torch.tensor([-1 if n is None else used[n] for n in names], dtype=torch.int64)
-    others = [name for name in _shared_by_processes(hosts) if name not in used]
-    return Routes((*used, *others), ids, any_may_be_idle=bool(others), shared=bool(others))
+    shared = _shared_by_processes(hosts)
+    others = [name for name in shared if name not in used]
+    # Samples are counted here also where all adapters have some: they may have none elsewhere.
+    return Routes((*used, *others), ids, any_may_be_idle=bool(shared), shared=bool(others))
 
 
 def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin]) -> Routes:
@@ -246,7 +248,7 @@ class Routes:
     Args:
         names: names by index; None: no sample has that index.
         ids: int64 ``[B]`` or ``[B, T]``, indices into names, -1 for none.
-        any_may_be_idle: whether some of the names may have no samples.
+        any_may_be_idle: whether some of the names may have no samples, here or in another process.
         shared: whether other processes may have samples of the names that have none here.
     """
 
@@ -255,6 +257,7 @@ class Routes:
     ) -> None:
         self._names = names
         self.ids = ids
+        self._version = _version(ids)
         self.any_may_be_idle = any_may_be_idle
         self._shared = shared
         # What layers share: made once a batch. Empty forever in compiled code, which would
@@ -272,6 +275,7 @@ class Routes:
             AttributeError: if an adapter has no ``adapter_strategy``.
             TypeError: if x is no tensor.
             ValueError: if x does not fit the ids, or an adapter has been disabled meanwhile.
+            RuntimeError: if the ids were written to meanwhile.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"routing needs a tensor as input, got {type(x).__name__}")
@@ -280,6 +284,12 @@ class Routes:
             raise ValueError(
                 f"adapters are routed for samples of shape {list(shape)}, so the input must be "
                 f"{[*shape, '...', 'D']}; got {list(x.shape)}"
+            )
+        # Some layers would use the new ones, which nobody has checked, others what the old gave.
+        version = _version(self.ids)
+        if version != self._version and None not in (version, self._version):
+            raise RuntimeError(
+                "the indices of adapters were changed in place within route_adapters: enter it anew"
             )
         groups: dict[tuple[Any, ...], _Group] = {}
         alone: list[tuple[int, str, nn.Module, AbstractAdapterStrategy]] = []
@@ -420,6 +430,11 @@ class Routes:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+def _version(ids: Tensor) -> int | None:
+    """Counts what was written to a tensor; None where that is not known."""
+    return None if torch.compiler.is_compiling() or ids.is_inference() else ids._version
 
 
 def _constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -111,7 +111,24 @@ def take_idle(
         torch.distributed.all_reduce(flags, group=process_group)
     counted, has_samples = (flags > 0.0).tolist()
     pairs = [(host, name) for host, _ in taken for name in host._adapters()]
-    return [pair for pair, c, s in zip(pairs, counted, has_samples, strict=True) if c and not s]
+    idle = [pair for pair, c, s in zip(pairs, counted, has_samples, strict=True) if c and not s]
+    if not idle:
+        return []
+    # Those that also ran by name or in a chain, where nothing is counted, have gradients.
+    flags = torch.stack([_has_gradient(host._adapters()[name], device) for host, name in idle])
+    if distributed:
+        torch.distributed.all_reduce(flags, group=process_group)
+    return [pair for pair, some in zip(idle, (flags > 0.0).tolist(), strict=True) if not some]
+
+
+def _has_gradient(adapter: nn.Module, device: torch.device) -> Tensor:
+    """1 where a gradient of an adapter, or this process's part of it, is not zero; else 0."""
+    gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+    local = [cast(Any, g).to_local() if hasattr(g, "to_local") else g for g in gradients]
+    if not local:
+        return torch.zeros((), device=device)
+    sums = [s.to(device, torch.float32) for s in torch._foreach_norm(local, 1)]
+    return (torch.stack(sums) != 0.0).any().float()
 
 
 def _take(host: AdapterModuleMixin) -> Tensor | None:

@@ -247,7 +247,13 @@ class ResidualAddAdapterStrategyConfig:
 
 
 def register_adapter_loss(loss: Tensor, adapter: nn.Module, module: AdapterModuleMixin) -> None:
-    """Registers an auxiliary loss with its adapter, an AccessMixin."""
+    """Registers an auxiliary loss with its adapter, an AccessMixin.
+
+    Not within a backward pass, where torch.utils.checkpoint computes a layer again: its loss was
+    registered the first time, and would be there in the next step too.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
     adapter.register_adapter_loss(loss, _guid(adapter, module))  # type: ignore[operator]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 _MAX_PICKLE_BYTES = 64 * 2**20
 # A one-byte instruction can make an object of 64 bytes; a tensor takes some 35 instructions.
-_MAX_INSTRUCTIONS = 1_000_000
+_MAX_INSTRUCTIONS = 4_000_000
 
 _STORAGE_DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -138,11 +138,13 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_torch_file(file: BinaryIO) -> Any:
+def read_torch_file(file: BinaryIO, *, values: bool = True) -> Any:
     """Reads a file in ``torch.save``'s zip format.
 
     Args:
-        file: the file, seekable.
+        file: the file, seekable, at its begin.
+        values: whether to read tensors; False makes them meta tensors, for what was written just
+            now and only has to be readable.
 
     Returns:
         Plain containers and CPU tensors; every mapping is a dict, every parameter a tensor that
@@ -159,7 +161,7 @@ def read_torch_file(file: BinaryIO) -> Any:
         )
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
-        return _Machine(archive, _checked_entries(archive, size)).run()
+        return _Machine(archive, _checked_entries(archive, size), values).run()
 
 
 def content_of(value: Any) -> Any:
@@ -239,9 +241,12 @@ class _Storage:
 class _Machine:
     """Carries out the instructions of a pickle, of those that torch.save and OmegaConf need."""
 
-    def __init__(self, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> None:
+    def __init__(
+        self, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], values: bool
+    ) -> None:
         self._archive = archive
         self._entries = entries
+        self._values = values
         self._storages: dict[str, _Storage] = {}
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
@@ -368,8 +373,9 @@ class _Machine:
         return self._storages[key]
 
     def _read_storage(self, entry: zipfile.ZipInfo, dtype: torch.dtype) -> Tensor:
-        if entry.file_size == 0:
-            return torch.empty(0, dtype=dtype)
+        if entry.file_size == 0 or not self._values:
+            count = entry.file_size // dtype.itemsize
+            return torch.empty(count, dtype=dtype, device="cpu" if self._values else "meta")
         values = bytearray(entry.file_size)
         target = memoryview(values)
         with cast(io.BufferedIOBase, self._archive.open(entry)) as file:

@@ -5,6 +5,7 @@
     torchrun --standalone --nproc-per-node N distributed_training.py FOLDER RUN...
 
 A RUN is words joined by commas: ``ddp`` or ``fsdp``; ``names`` or ``indices``; ``compiled``;
+``all``: one process has samples of all trained adapters, the other of some;
 ``save`` stops after two steps and writes a checkpoint, ``resume`` goes on from it. Every process
 gets a part of each batch. The first one writes what became of the adapters to FOLDER/RUN.pt.
 """
@@ -22,7 +23,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from training_testing import NAMES, OPTIONS, STEPS, Model, adapters_of, batch, ids_of, losses_of
+from training_testing import (
+    NAMES,
+    OPTIONS,
+    STEPS,
+    STEPS_OF_ALL,
+    Model,
+    adapters_of,
+    batch,
+    ids_of,
+    losses_of,
+)
 
 from adapter_ext import route_adapters
 from adapter_ext.optim import AdamW, mean_per_adapter
@@ -37,6 +48,10 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
     torch._dynamo.reset()
     rank, processes = dist.get_rank(), dist.get_world_size()
     model = Model()
+    trained, steps = (NAMES[:3], STEPS_OF_ALL) if "all" in words else (NAMES, STEPS)
+    for name in set(NAMES) - set(trained):
+        for adapter in adapters_of(model, name):
+            adapter.requires_grad_(False)
     wrapped: nn.Module = model
     if "ddp" in words:
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -46,7 +61,7 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
         fully_shard(model)
         # The frozen base and the adapters alike.
         assert all(isinstance(p, DTensor) for p in model.parameters())
-    optimizer = AdamW(wrapped, lr=1e-2, adapters=OPTIONS)
+    optimizer = AdamW(wrapped, lr=1e-2, adapters={name: OPTIONS[name] for name in trained})
     checkpoint = folder / "checkpoint"
     if "resume" in words:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
@@ -60,8 +75,8 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
     forward = wrapped
     if "compiled" in words:
         forward = torch.compile(wrapped, backend="aot_eager")
-    for step in range(2 if "resume" in words else 0, 2 if "save" in words else len(STEPS)):
-        names = STEPS[step]
+    for step in range(2 if "resume" in words else 0, 2 if "save" in words else len(steps)):
+        names = steps[step]
         x, target = batch(step, names)
         mine = torch.arange(len(names)).tensor_split(processes)[rank]
         my_names = [names[i] for i in mine.tolist()]
@@ -82,7 +97,7 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
                 for values in optimizer.adapter_state_dict(name)["state"].values()
             ],
         )
-        for name in NAMES
+        for name in trained
     }
     # Whichever process had an adapter's samples, all have the same of it.
     everywhere: list[dict[str, Any]] = [{}] * processes

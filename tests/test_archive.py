@@ -15,7 +15,7 @@ import tarfile
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_files import memory_growth, torch_file, touch
+from test_files import Subclass, memory_growth, torch_file, touch
 
 from adapter_ext.archive import read_archive, write_archive
 from adapter_ext.files import FileError
@@ -101,6 +101,29 @@ def test_nemo_archives(mode, prefix, tmp_path):
     assert_same_state({"weight": torch.ones(2)}, read)
 
 
+def test_views_are_written_as_their_values(tmp_path):
+    """Such archives were written, and refused when they were read."""
+    views = {
+        "expanded": torch.arange(2.0)[:, None].expand(2, 3),
+        "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+        "negative": torch.randn(3, dtype=torch.complex64).conj().imag,
+    }
+    write_archive(tmp_path / "x.nemo", {}, views)
+    _, read = read_archive(tmp_path / "x.nemo")
+    assert_same_state(views, read)
+
+
+def test_what_could_not_be_read_replaces_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x.nemo"
+    write_archive(path, {}, state())
+    before = path.read_bytes()
+    monkeypatch.setattr("adapter_ext.torch_file._MAX_INSTRUCTIONS", 100)
+    with pytest.raises(FileError, match=r"x\.nemo can't be written: its pickle has more than 100"):
+        write_archive(path, {}, state())
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["x.nemo"]
+
+
 def test_ordinary_tools_read_it(tmp_path):
     written = state()
     write_archive(tmp_path / "x.nemo", CONFIG, written)
@@ -122,6 +145,7 @@ def test_ordinary_tools_read_it(tmp_path):
         ({}, {"a": torch.ones(2).to_sparse()}, "dense"),
         ({}, {"a": torch.ones(2, device="meta")}, "dense"),
         ({}, {"a": torch.ones(2).to(torch.float8_e4m3fn)}, "float8"),
+        ({}, {"a": Subclass(torch.ones(2))}, "Subclass.*plain tensor"),
     ],
 )
 def test_is_not_written(config, weights, words, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_testing import NAMES, Model, state_of, train_alone
+from training_testing import NAMES, STEPS_OF_ALL, Model, state_of, train_alone
 
 PROGRAM = Path(__file__).with_name("distributed_training.py")
 
@@ -38,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes, and then four, made."""
     folder = tmp_path_factory.mktemp("distributed")
     torchrun(
-        2, folder, "ddp,names,2", "ddp,indices,compiled,2", "fsdp,indices,2", "fsdp,names,save"
+        *(2, folder, "ddp,names,2", "ddp,indices,compiled,2", "fsdp,indices,2", "fsdp,names,save"),
+        *("ddp,names,all", "fsdp,names,all"),
     )
     torchrun(4, folder, "ddp,names,4", "ddp,indices,4", "fsdp,names,resume")
     return folder
@@ -72,3 +73,15 @@ def test_each_adapter_is_as_alone(run: str, folder: Path, alone: dict[str, Any])
             torch.testing.assert_close(got_states, states, rtol=1e-9, atol=1e-9)
     untouched = state_of(Model(), "1")
     torch.testing.assert_close(results["1"][0], untouched, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_process_with_samples_of_all_adapters_counts_them(wrapper: str, folder: Path) -> None:
+    """It did not, so adapters without samples in the other process were left out of the step."""
+    results = torch.load(folder / f"{wrapper},names,all.pt")
+    for name, (weights, states) in results.items():
+        expected, optimizer = train_alone(Model(), name, STEPS_OF_ALL)
+        torch.testing.assert_close(weights, expected, rtol=1e-10, atol=1e-10)
+        expected_states = [optimizer.state[p] for p in optimizer.param_groups[0]["params"]]
+        torch.testing.assert_close(states, expected_states, rtol=1e-9, atol=1e-9)
+    assert len(results) == len(NAMES) - 1

@@ -917,6 +917,21 @@ def test_files(tmp_path, suffix):
         ax.save_adapters(model, file, "b")
 
 
+@pytest.mark.parametrize("wrapped", ["saved", "loaded"])
+def test_files_of_compiled_models(tmp_path, wrapped):
+    """Paths in them had the wrapper's name, which no other model has."""
+    model, other = injected(), make_encoder()
+    inject(other, targets="layers.*")
+    compiled = {"saved": model, "loaded": other}[wrapped]
+    compiled = torch.compile(compiled, backend="eager")
+    file = tmp_path / "adapters.safetensors"
+    ax.save_adapters(compiled if wrapped == "saved" else model, file)
+    ax.load_adapters(compiled if wrapped == "loaded" else other, file)
+    assert_same_tensors(
+        dict(sorted(other.state_dict().items())), dict(sorted(model.state_dict().items()))
+    )
+
+
 def test_files_that_do_not_fit(tmp_path):
     file = tmp_path / "adapters.safetensors"
     ax.save_adapters(injected(), file)

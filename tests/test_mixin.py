@@ -515,6 +515,18 @@ def test_copies_are_independent(clone, block):
     assert torch.equal(other(x), other.linear(x))
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_nobody_has_routed_a_copy(clone, block):
+    """A copy that was made within a context was routed for ever."""
+    x = rand(2, D)
+    with block.route_adapters(["a", "x1"]):
+        other = clone(block)
+        routed = block(x)
+    assert torch.equal(other(x), block(x))
+    assert not torch.equal(other(x), routed)
+    assert torch.equal(other(rand(3, D)), block(rand(3, D)))
+
+
 def test_gradients_of_a_chain(block):
     x = rand(3, 2, D).requires_grad_()
     inputs = [x, *block.parameters()]

@@ -22,6 +22,7 @@ from model_testing import (
     where,
 )
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import adapter_ext
@@ -158,6 +159,20 @@ def test_trainer_and_from_config_dict():
     assert model.trainer is None
     assert Plain.from_config_dict(Config()).layer.weight.shape == (6, 3)
     assert Plain.list_available_models() == []
+
+
+def test_references_that_lead_out_of_the_models_part():
+    """They failed where they were read first, far from where the part was taken."""
+    whole = {
+        "rate": 16000,
+        "model": {"width": 2, "twice": "${.again}", "again": 4, "sampling": {"rate": "${rate}"}},
+    }
+    part = OmegaConf.create(whole).model
+    for model in (Plain.from_config_dict(whole), Plain(part)):
+        assert model.layer.weight.shape == (4, 2)
+        assert model.cfg.sampling.rate == 16000
+    with pytest.raises(OmegaConfBaseException, match="nothing"):
+        Plain.from_config_dict({"model": {"width": 2, "twice": 4, "a": "${nothing}"}})
 
 
 def test_data_set_configurations():

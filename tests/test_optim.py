@@ -233,6 +233,38 @@ def test_other_optimizers_drop_idle_gradients(model):
 # --- The optimizer among PyTorch's ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("others", ["names", "chain", "names first"])
+def test_what_ran_uncounted_in_a_step_is_not_idle(others, model):
+    """Only passes with indices count samples: gradients from others were dropped."""
+
+    def by_indices():
+        with route_adapters(model, ids_of(model, ["module"] * 2)):
+            return model(rand(2, 3, D, seed=1)).square().mean()
+
+    def uncounted():
+        if others == "chain":
+            for host in (model[0], model[2]):
+                for name in ("a", "module", "1"):
+                    host.set_enabled_adapters(name, enabled=False)
+            y = model(rand(2, 3, D, seed=2))
+            for host in (model[0], model[2]):
+                host.set_enabled_adapters()
+            return y.square().mean()
+        with route_adapters(model, ["a1", "a1"]):
+            return model(rand(2, 3, D, seed=2)).square().mean()
+
+    passes = [uncounted, by_indices] if others == "names first" else [by_indices, uncounted]
+    for run in passes:
+        run().backward()
+    gradients = [p.grad.clone() for a in adapters_of(model, "a1") for p in a.parameters()]
+    assert any(g.count_nonzero() for g in gradients)
+    optim.drop_idle_gradients(model)
+    kept = [p.grad for a in adapters_of(model, "a1") for p in a.parameters()]
+    torch.testing.assert_close(kept, gradients, rtol=0, atol=0)
+    assert all(p.grad is not None for a in adapters_of(model, "module") for p in a.parameters())
+    assert all(p.grad is None for a in adapters_of(model, "1") for p in a.parameters())
+
+
 def test_groups(model):
     for adapter in adapters_of(model, "module"):
         adapter.requires_grad_(False)
@@ -320,6 +352,46 @@ def test_whole_state_dict(model):
 
 
 # --- Adapters that come and go --------------------------------------------------------------------
+
+
+def test_a_state_dict_finds_adapters_by_name(model):
+    """It was read by position: moments and options of one went to another of the same shapes."""
+    optimizer = train_together(model, "names")
+    head = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [head], "lr": 0.5})
+    saved = copy.deepcopy(optimizer.state_dict())
+    order = ("module", "1", "a1", "a")
+    other = nn.Sequential(make_block(*order), nn.Tanh(), make_block(*order, seed=7))
+    fresh = AdamW(other, adapters=order)
+    fresh.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    fresh.load_state_dict(saved)
+    assert [group.get("adapter") for group in fresh.param_groups] == [*order, None]
+    assert fresh.param_groups[-1]["lr"] == 0.5
+    for name in NAMES:
+        got, want = fresh.adapter_state_dict(name), optimizer.adapter_state_dict(name)
+        assert got["options"] == want["options"]
+        if want["state"]:
+            torch.testing.assert_close(got["state"], want["state"], rtol=0, atol=0)
+
+    before = copy.deepcopy(fresh.state_dict()["state"])
+    for group in saved["param_groups"]:
+        if group.get("adapter") == "a1":
+            group["adapter"] = "b"
+    with pytest.raises(ValueError, match=r"must be of the adapters \['module', .*, got .*'b'"):
+        fresh.load_state_dict(saved)
+    torch.testing.assert_close(fresh.state_dict()["state"], before, rtol=0, atol=0)
+    assert [group.get("adapter") for group in fresh.param_groups] == [*order, None]
+
+
+def test_a_new_scheduler_begins_with_the_rate_that_was_given(model):
+    """What a scheduler had noted of an adapter stayed beside its new learning rate."""
+    optimizer = AdamW(model, lr=1e-2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5)
+    saved = AdamW(model, lr=3e-3).adapter_state_dict("module")
+    optimizer.match_model({"a": {"lr": 1e-3}, "a1": {}, "module": {}})
+    optimizer.load_adapter_state_dict("module", saved)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-2, 3e-3]
 
 
 def test_a_new_adapter_of_an_old_name_starts_from_nothing(model):

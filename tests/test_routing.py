@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from adapter_ext import (
     ReturnResultAdapterStrategyConfig,
     adapter_index,
     ops,
+    route_adapters,
 )
 
 NAMES = ("a", "a1", "module", "1", "x1")
@@ -439,6 +441,24 @@ def test_autocast():
     assert not torch.equal(y, plain)
 
 
+@pytest.mark.parametrize("where", ["samples", "rows"])
+def test_indices_written_to_within_the_context_are_an_error(where, block):
+    """Layers that had made their routing used the old ones, others the new ones, unchecked."""
+    ids = torch.tensor([0, 1] if where == "samples" else [[0, 1, 0], [1, 1, -1]])
+    x = rand(*ids.shape, D)
+    with block.route_adapters(ids):
+        before = block(x)
+        ids.copy_(ids.flip(0))
+        with pytest.raises(RuntimeError, match="changed in place within route_adapters"):
+            block(x)
+    with block.route_adapters(ids):
+        assert not torch.equal(block(x), before)
+    with torch.inference_mode():
+        ids = torch.zeros(ids.shape, dtype=torch.int64)  # one that counts no writes
+        with block.route_adapters(ids):
+            block(x)
+
+
 def test_checkpointing_with_the_routes_given_again(block):
     x = rand(len(BATCH), D).requires_grad_()
     with block.route_adapters(BATCH):
@@ -453,6 +473,46 @@ def test_checkpointing_with_the_routes_given_again(block):
         )
     y.sum().backward()
     close(x.grad, want)
+
+
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("kind", ["fused", "python"])
+def test_recomputation_registers_no_loss_again(routed, kind):
+    """Losses of a backward's recomputation were still there in the next step."""
+
+    class Overridden(ResidualAddAdapterStrategy):
+        def compute_output(self, input, adapter, *, module):
+            return super().compute_output(input, adapter, module=module)
+
+    strategies = {"fused": ResidualAddAdapterStrategy, "python": Overridden}
+    blocks = []
+    for seed in (1, 2):
+        block = make_block("a", "x1", seed=seed)
+        for adapter in block.adapter_layer.values():
+            adapter.adapter_strategy = strategies[kind](l2_lambda=0.3)
+        blocks.append(block)
+    model = nn.Sequential(*blocks).train()
+    x = rand(4, D)
+    context = partial(route_adapters, model, ["a", "x1", "a", "x1"]) if routed else nullcontext
+
+    def step(run):
+        model.zero_grad()
+        with context():
+            y = run(x)
+        losses = adapter_ext.adapter_losses(model)
+        adapter_ext.reset_adapter_losses(model)
+        (y.square().mean() + sum(losses.values())).backward()
+        assert adapter_ext.adapter_losses(model) == {}
+        return losses, [p.grad for p in model.parameters()]
+
+    recomputed = partial(
+        checkpoint,
+        model,
+        use_reentrant=False,
+        context_fn=adapter_ext.checkpoint_context(model),
+    )
+    for _ in range(2):
+        close(step(recomputed), step(model))
 
 
 # --- Models ---------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ STEPS: list[list[str | None]] = [
     ["module", "module", "module"],
     ["a", "a1", "module", "a1"],
 ]
+# The first four samples are of all trained adapters, where "1" is frozen; the others are not.
+STEPS_OF_ALL: list[list[str | None]] = [["a", "a1", "module", "a", "a1", "a1", "a"]] * 3
 OPTIONS = {
     "a": {"lr": 0.02, "weight_decay": 0.3},
     "a1": {"max_norm": 0.05},
