@@ -50,8 +50,6 @@ class InjectedModule(AdapterModuleMixin):
 
     _injection: _Injection
     _base_class: type[nn.Module]
-    # Whether the last call was routed, by which a later call finds that it lacks the routes.
-    _was_routed = False
 
     def add_adapter(self, name: str, cfg: Any, **kwargs: Any) -> None:
         """Adds an adapter, see :meth:`adapter_ext.AdapterModuleMixin.add_adapter`.
@@ -83,20 +81,10 @@ class InjectedModule(AdapterModuleMixin):
         """The result of the module's own forward, its hidden state replaced."""
         if "adapter_layer" not in self._modules:
             return result
-        routed = routes_in_force(self) is not None
-        if not routed and not self._enabled_adapters:
+        if not self._enabled_adapters and routes_in_force(self) is None:
             return result
         if torch.compiler.is_compiling():
             return _with_hidden_state(self, result, self._adapt)
-        # Within a backward pass: torch.utils.checkpoint computes the module again.
-        if torch._C._current_graph_task_id() == -1:
-            self.__dict__["_was_routed"] = routed
-        elif self._was_routed and not routed:
-            raise RuntimeError(
-                f"{self._described()} was routed, and is now computed again, for the backward, "
-                f"without the routes; give torch.utils.checkpoint (use_reentrant=False) "
-                f"context_fn=adapter_ext.checkpoint_context(model)"
-            )
         try:
             return _with_hidden_state(self, result, self._adapt)
         except (RuntimeError, TypeError, ValueError) as error:

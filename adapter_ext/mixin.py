@@ -84,6 +84,8 @@ class AdapterModuleMixin(ABC):
     # The routes in force, the innermost last, each with the thread that set it. Plain attributes:
     # torch.compile refuses ContextVar, and reads a thread-local once and for all.
     _adapter_routes: tuple[tuple[int, Routes], ...] = ()
+    # Whether the last call was routed, by which a later call finds that it lacks the routes.
+    _was_routed = False
     _sample_counter: Counter | None = None
 
     # --- Adding -----------------------------------------------------------------------------------
@@ -383,12 +385,22 @@ class AdapterModuleMixin(ABC):
 
         Raises:
             AttributeError: if an adapter has no ``adapter_strategy``.
+            RuntimeError: in a backward pass, if this was routed when it was computed first.
             ValueError: under routing, if input does not fit the routes.
         """
-        if self._adapter_routes or _traced_routes:
-            routes = routes_in_force(self)
-            if routes is not None:
-                return routes.forward(self, input)
+        routes = routes_in_force(self) if self._adapter_routes or _traced_routes else None
+        if not torch.compiler.is_compiling():
+            # Within a backward pass: torch.utils.checkpoint computes the module again.
+            if torch._C._current_graph_task_id() == -1:
+                self.__dict__["_was_routed"] = routes is not None
+            elif self._was_routed and routes is None:
+                raise RuntimeError(
+                    f"a routed {type(self).__name__} is now computed again, for the backward, "
+                    f"without the routes; give torch.utils.checkpoint (use_reentrant=False) "
+                    f"context_fn=adapter_ext.checkpoint_context(model)"
+                )
+        if routes is not None:
+            return routes.forward(self, input)
         for name in self._enabled_adapters:
             adapter = self._modules["adapter_layer"]._modules.get(name)  # type: ignore[union-attr]
             if adapter is None:

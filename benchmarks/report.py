@@ -1,11 +1,10 @@
 """``python -m benchmarks report``: the tables and pictures of the documentation, made again.
 
 Between the lines ``<!-- benchmarks: begin FILE TABLE -->`` and ``<!-- benchmarks: end -->`` of a
-page stands a table of a file in benchmarks/results, or of several that patterns name
-(``grid/*.json,again/*.json``); ``machine`` is the line about a file's machine, ``TABLE summary``,
-``TABLE targets`` and ``TABLE speedups`` say what a table amounts to, ``TABLE runs`` where runs
-of the same cases differ. The pictures are those of ``benchmarks plot`` for the files in the folder
-``DRAWN``.
+page stands a table of a file in benchmarks/results, or of several that a pattern names
+(``grid/*.json``); ``machine`` is the line about a file's machine, ``TABLE summary``,
+``TABLE targets`` and ``TABLE speedups`` say what a table amounts to. The pictures are those of
+``benchmarks plot`` for the files in the folder ``DRAWN``.
 """
 
 from __future__ import annotations
@@ -32,18 +31,15 @@ def pages() -> list[pathlib.Path]:
     return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
-def files(patterns: str) -> list[pathlib.Path]:
-    """The files of results that a marker names, by pattern.
+def files(pattern: str) -> list[pathlib.Path]:
+    """The files of results that a marker names.
 
     Raises:
-        ValueError: there are none for a pattern.
+        ValueError: there are none.
     """
-    every = []
-    for pattern in patterns.split(","):
-        if not (found := sorted(results.FOLDER.glob(pattern))):
-            raise ValueError(f"expected files in {results.FOLDER}, got none for {pattern!r}")
-        every += found
-    return every
+    if not (found := sorted(results.FOLDER.glob(pattern))):
+        raise ValueError(f"expected files in {results.FOLDER}, got none for {pattern!r}")
+    return found
 
 
 def render(page: str) -> str:

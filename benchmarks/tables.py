@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.measure import markdown_table
 from benchmarks.results import Document, Result
 
-SUMMARY, TARGETS, SPEEDUPS, RUNS = " summary", " targets", " speedups", " runs"
-"""End the names of a table's summary, of what it says of the targets, and of how runs differ."""
+SUMMARY, TARGETS, SPEEDUPS = " summary", " targets", " speedups"
+"""End the names of a table's summary and of what it says of the targets."""
 
 MANY_ROWS = 2048
 TIME_TARGETS = {
@@ -36,7 +36,7 @@ def render(document: Document, name: str) -> str:
     """
     if name == "machine":
         return machine(document)
-    about = {SUMMARY: summary, TARGETS: targets, SPEEDUPS: speedups, RUNS: runs}
+    about = {SUMMARY: summary, TARGETS: targets, SPEEDUPS: speedups}
     ending = next((ending for ending in about if name.endswith(ending)), "")
     results = document.table(name.removesuffix(ending))
     if not results:
@@ -189,29 +189,6 @@ def speedups(results: Sequence[Result]) -> str:
             medians = [f"{statistics.median(x):.2f}" for x in (over_ours, at_targets, over_floor)]
             rows.append([f"{mode} {dtype}", f"{peer}/ours at least {least}{words}", *medians])
     return markdown_table(["cases", "target", "median", "at the targets", "at the floor"], rows)
-
-
-def runs(results: Sequence[Result]) -> str:
-    """Eager's time over ours where that was below 1 in a run, and the least of all others.
-
-    The runs of a case are in the order of the results.
-    """
-    ratios: dict[str, list[float]] = {}
-    for result in results:
-        ratios.setdefault(result.name, []).append(result.ratios["eager"].median)
-    slower = {name: own for name, own in ratios.items() if min(own) < 1}
-    others = [own for name, own in ratios.items() if name not in slower]
-    medians = [statistics.median(own) for own in others]
-    rows = [(name, own, statistics.median(own)) for name, own in slower.items()]
-    if others:
-        least = [min(run) for run in zip(*others, strict=True)]
-        which = "the other" if slower else "all"
-        rows.append((f"least of {which} {len(others)}", least, min(medians)))
-    count = max(map(len, ratios.values()))
-    header = ["eager/ours", *(f"run {i + 1}" for i in range(count)), "median"]
-    return markdown_table(
-        header, ([name, *(f"{r:.2f}" for r in [*own, middle])] for name, own, middle in rows)
-    )
 
 
 def _range(values: Sequence[float]) -> list[str]:

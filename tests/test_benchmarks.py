@@ -186,22 +186,6 @@ def test_speedups() -> None:
     ]
 
 
-def test_repeated_runs() -> None:
-    def run(first: float, second: float, third: float) -> list[Result]:
-        made = [made_up(SMALL, 1.0, eager=eager) for eager in (first, second, third)]
-        for result, name in zip(made, "abc", strict=True):
-            result.name = name
-        return made
-
-    several = [*run(0.5, 2.0, 3.0), *run(1.5, 2.5, 2.75), *run(2.0, 1.0, 3.5)]
-    assert tables.render(document(*several), "grid runs") == (
-        "| eager/ours | run 1 | run 2 | run 3 | median |\n"
-        "| :-- | --: | --: | --: | --: |\n"
-        "| a | 0.50 | 1.50 | 2.00 | 1.50 |\n"
-        "| least of the other 2 | 2.00 | 2.50 | 1.00 | 2.00 |"
-    )
-
-
 def test_tables() -> None:
     first, second = made_up(SMALL, 0.002, eager=0.008), made_up(SMALL, 0.00005)
     second.name = "other"

@@ -475,6 +475,19 @@ def test_checkpointing_with_the_routes_given_again(block):
     close(x.grad, want)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_without_the_routes_is_an_error(reentrant, block):
+    """All enabled adapters ran in it, one after the other."""
+    x = rand(len(BATCH), D).requires_grad_()
+    with block.route_adapters(BATCH):
+        y = checkpoint(block, x, use_reentrant=reentrant)
+    with pytest.raises(
+        RuntimeError, match="a routed Block is now computed again, for the backward"
+    ):
+        y.sum().backward()
+    checkpoint(block, x, use_reentrant=reentrant).sum().backward()  # nor before
+
+
 @pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("kind", ["fused", "python"])
 def test_recomputation_registers_no_loss_again(routed, kind):

@@ -682,19 +682,30 @@ class ColumnPass {
     for (C*& mask : masks_) mask = scratch.take<C>(kPartColumns);
   }
 
-  // Some tiles of the range's segments, that follow each other and are of about equal cost for each
-  // task.
+  // Some tiles of the range's segments, of about equal cost for each task: of all segments those of
+  // the same columns follow each other, as most of the rows may be of one segment.
   void run(int64_t task, int64_t tasks) {
     const Range& range = results_.range;
     const int64_t segments = static_cast<int64_t>(range.segments.size()), fixed = weight_rows(p_);
     const int64_t total = (range.rows + fixed * segments) * tiles_.count;
     int64_t cost = 0;
-    for (const Segment& segment : range.segments) {
-      for (int64_t column = 0; column < width_; column += tiles_.columns) {
-        if (cost * tasks / total == task) column_tile(segment, column);
-        cost += segment.rows + fixed;
+    Tile ready = {};
+    const auto finish = [&] {
+      if (ready.segment) column_tile(*ready.segment, ready.column);
+    };
+    for (int64_t column = 0; column < width_; column += tiles_.columns) {
+      for (const Segment& segment : range.segments) {
+        const int64_t own = segment.rows + fixed;
+        if ((2 * cost + own) * tasks / (2 * total) == task) {
+          following_ = {&segment, column};
+          finish();
+          ready = following_;
+        }
+        cost += own;
       }
     }
+    following_ = {};
+    finish();
     finish_streams();
   }
 
@@ -703,6 +714,12 @@ class ColumnPass {
   static constexpr int64_t kTogether = 4;
   // Rows of a part's buffers do not fall into the same cache sets.
   static constexpr int64_t kPartStride = kPartColumns + kRowPadding<C>;
+
+  // A segment's columns from `column` on.
+  struct Tile {
+    const Segment* segment;
+    int64_t column;
+  };
 
   // Some columns of a tile, some rows of a segment.
   struct Part {
@@ -827,35 +844,38 @@ class ColumnPass {
     return Plan::row(segment, p_.routing.rows_per_sample, i);
   }
 
-  // What the part after this one reads: in the same rows, in the next, or in the next tile. A part
-  // of a row is too short for the hardware to see where the next one is.
+  // What the part after this one reads: in the same rows, in the next, or in the following tile. A
+  // part of a row is too short for the hardware to see where the next one is.
   Ahead after(const Part& part) {
-    Part next = part;
-    int64_t tile = part.column - part.offset, pieces = 0;
-    next.offset += kPartColumns;
-    if (next.offset >= std::min(tiles_.columns, width_ - tile)) {
-      next.offset = 0;
-      next.first += kRows;
-      if (next.first >= part.segment.rows) {
-        next.first = 0;
-        tile += tiles_.columns;
-        if (tile >= width_) {
+    Tile tile = {&part.segment, part.column - part.offset};
+    int64_t first = part.first, offset = part.offset + kPartColumns, pieces = 0;
+    if (offset >= std::min(tiles_.columns, width_ - tile.column)) {
+      offset = 0;
+      first += kRows;
+      if (first >= part.segment.rows) {
+        first = 0;
+        tile = following_;
+        if (!tile.segment) {
           const int64_t count = std::min(results_.next.rows, kMostBlockRows);
           Ahead ahead;
           ahead.set(next_, first_pass_pieces<X>(p_, results_.next, 0, count, next_));
           return ahead;
         }
       }
-      next.count = std::min(kRows, part.segment.rows - next.first);
-      results_.activated.pieces(next.segment, next.first, next_);
-      results_.hidden_gradient.pieces(next.segment, next.first, next_ + 2);
+      results_.activated.pieces(*tile.segment, first, next_);
+      results_.hidden_gradient.pieces(*tile.segment, first, next_ + 2);
       pieces = 4;
     }
-    next.column = tile + next.offset;
-    next.columns = std::min({kPartColumns, tiles_.columns - next.offset, width_ - next.column});
+    const int64_t column = tile.column + offset;
+    const Part next = {*tile.segment,
+                       first,
+                       std::min(kRows, tile.segment->rows - first),
+                       column,
+                       std::min({kPartColumns, tiles_.columns - offset, width_ - column}),
+                       offset};
     for (const void* matrix : {p_.grad_y, p_.x}) {
       // The first pass has just read dy if the range has no other rows.
-      if (matrix == p_.grad_y && part.segment.rows <= kRows) continue;
+      if (matrix == p_.grad_y && next.segment.rows <= kRows) continue;
       for (int64_t i = 0; i < next.count; ++i) {
         next_[pieces++] = {static_cast<const X*>(matrix) + at(next, i),
                            next.columns * int64_t{sizeof(X)}};
@@ -1088,6 +1108,7 @@ class ColumnPass {
   AdapterView view_;
   Weights down_, up_;
   int64_t prepared_adapter_ = -1, prepared_tile_ = -1;
+  Tile following_ = {};  // this task's, after the one that it is at
   C *packed_down_, *packed_up_, *own_sums_, *x_, *out_, *gradient_, *product_, *norm_weight_,
       *norm_bias_;
   C *norm_weight_sum_ = nullptr, *norm_bias_sum_ = nullptr;  // of the tile
@@ -1147,7 +1168,8 @@ void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Pa
       Columns columns(problem, plan, results, tiles, streamed);
       const auto is_own = [&](const Segment& segment) {
         const int64_t before = segment.first_position + fixed * (&segment - segments.data());
-        return before * tasks / (plan.active.rows + fixed * count) == task;
+        const int64_t middle = 2 * before + segment.rows + fixed;
+        return middle * tasks / (2 * (plan.active.rows + fixed * count)) == task;
       };
       auto segment = std::find_if(segments.begin(), segments.end(), is_own);
       while (segment != segments.end()) {
