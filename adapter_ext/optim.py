@@ -204,19 +204,22 @@ class AdamW(torch.optim.AdamW):
             ValueError: if it is of other adapters, or a group has another number of parameters.
                 Nothing has changed then.
         """
+
+        def by_name(group: Mapping[str, Any]) -> tuple[bool, str]:
+            return "adapter" in group, str(group.get("adapter"))
+
         saved = state_dict["param_groups"]
-        own = [group.get("adapter") for group in self.param_groups]
-        if sorted(map(str, own)) != sorted(str(group.get("adapter")) for group in saved):
+        if sorted(map(by_name, self.param_groups)) != sorted(map(by_name, saved)):
             raise ValueError(
-                f"the state must be of the adapters {own}, got "
+                f"the state must be of the adapters "
+                f"{[group.get('adapter') for group in self.param_groups]}, got "
                 f"{[group.get('adapter') for group in saved]}"
             )
         # Names differ, and groups without one keep their order: sorting is stable.
-        places = sorted(range(len(own)), key=lambda i: str(own[i]))
-        groups = dict(zip(places, sorted(saved, key=lambda g: str(g.get("adapter"))), strict=True))
-        super().load_state_dict(
-            {**state_dict, "param_groups": [groups[i] for i in range(len(own))]}
-        )
+        count = len(saved)
+        places = sorted(range(count), key=lambda i: by_name(self.param_groups[i]))
+        groups = dict(zip(places, sorted(saved, key=by_name), strict=True))
+        super().load_state_dict({**state_dict, "param_groups": [groups[i] for i in range(count)]})
 
     def match_model(
         self, adapters: Mapping[str, Mapping[str, Any]] | Sequence[str] | None = None
