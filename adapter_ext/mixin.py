@@ -80,7 +80,8 @@ class AdapterModuleMixin(ABC):
     _accepted_adapter_types: set[type]
     _adapter_cfg: DictConfig | None
     _shares_adapter_cfg = False  # with a whole model, which looks after it
-    _enabled_adapters: tuple[str, ...] = ()
+    # The names, in the order in which they run.
+    _enabled_adapters: dict[str, None] = {}  # noqa: RUF012  (replaced, never changed in place)
     # The routes in force, the innermost last, each with the thread that set it. Plain attributes:
     # torch.compile refuses ContextVar, and reads a thread-local once and for all.
     _adapter_routes: tuple[tuple[int, Routes], ...] = ()
@@ -299,7 +300,7 @@ class AdapterModuleMixin(ABC):
 
         sample_counts.prepare(self)
         config = getattr(self, "adapter_cfg", None)
-        self._enabled_adapters = tuple(
+        self._enabled_adapters = dict.fromkeys(
             str(name)
             for name in ([] if config is None else config)
             if name in self._adapters() and config[name].get("enabled", True)  # type: ignore[index]

@@ -66,8 +66,10 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
 
     With names, adapters that no sample uses get no gradient (None): optimizers of PyTorch leave
     them alone. With indices every enabled adapter gets one, zero for those without samples, so that
-    the same code, compiled or not, does for any indices. In several processes, where gradients are
-    summed, names give one to all enabled adapters that are trained, too.
+    the same code, compiled or not, does for any indices; for that, all adapters go through the op
+    in training, where gradients are enabled, and in compiled code, which takes long with thousands
+    of them. In several processes, where gradients are summed, names give one to all enabled
+    adapters that are trained, too.
     :func:`adapter_ext.optim.drop_idle_gradients` tells those zeros from others.
 
     Args:
@@ -127,7 +129,9 @@ def routed_hosts(routes: Mapping[AdapterModuleMixin, Routes]) -> Iterator[None]:
 
 
 def _index(hosts: list[AdapterModuleMixin]) -> dict[str, int]:
-    names = dict.fromkeys(name for host in hosts for name in host._adapters())
+    names: dict[str, None] = {}
+    for host in hosts:
+        names.update(dict.fromkeys(host._adapters()))
     return {name: index for index, name in enumerate(names)}
 
 
@@ -144,7 +148,7 @@ def _from_names(
     for host in hosts:
         here = used.keys() & host._adapters().keys()
         unknown -= here
-        disabled = here.difference(host._enabled_adapters)
+        disabled = here - host._enabled_adapters.keys()
         if disabled:
             raise _disabled_error(min(disabled), module, host)
     if unknown:
@@ -167,8 +171,9 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
     disabled = {
         name: host
         for host in hosts
-        for name in host._adapters().keys() - set(host._enabled_adapters)
+        for name in host._adapters().keys() - host._enabled_adapters.keys()
     }
+    used = None
     if torch.compiler.is_compiling():
         _assert_usable(ids, index, disabled)
     else:
@@ -181,8 +186,10 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
         for name, host in disabled.items():
             if index[name] in present:
                 raise _disabled_error(name, module, host)
+        used = [i for i in present if i >= 0]
     names = tuple(None if name in disabled else name for name in index)
-    return Routes(names, ids, any_may_be_idle=True, shared=bool(_shared_by_processes(hosts)))
+    shared = bool(_shared_by_processes(hosts))
+    return Routes(names, ids, any_may_be_idle=True, shared=shared, used=used)
 
 
 def _shared_by_processes(hosts: list[AdapterModuleMixin]) -> list[str]:
@@ -250,16 +257,24 @@ class Routes:
         ids: int64 ``[B]`` or ``[B, T]``, indices into names, -1 for none.
         any_may_be_idle: whether some of the names may have no samples, here or in another process.
         shared: whether other processes may have samples of the names that have none here.
+        used: the indices among ids; None: not known, or all of them.
     """
 
     def __init__(
-        self, names: tuple[str | None, ...], ids: Tensor, *, any_may_be_idle: bool, shared: bool
+        self,
+        names: tuple[str | None, ...],
+        ids: Tensor,
+        *,
+        any_may_be_idle: bool,
+        shared: bool,
+        used: list[int] | None = None,
     ) -> None:
         self._names = names
         self.ids = ids
         self._version = _version(ids)
         self.any_may_be_idle = any_may_be_idle
         self._shared = shared
+        self._used = used
         # What layers share: made once a batch. Empty forever in compiled code, which would
         # recompile as it fills, and which merges equal calls itself.
         self._cache: dict[Any, Any] = {}
@@ -294,14 +309,21 @@ class Routes:
         groups: dict[tuple[Any, ...], _Group] = {}
         alone: list[tuple[int, str, nn.Module, AbstractAdapterStrategy]] = []
         adapters = host._adapters()
-        enabled = frozenset(host._enabled_adapters)
+        enabled = host._enabled_adapters
         training = host.training
         stock_host = (
             type(host).forward_single_enabled_adapter_ is _STOCK_FORWARD_SINGLE
             and "forward_single_enabled_adapter_" not in host.__dict__
         )
         last_kind: tuple[Any, ...] = ()
-        for i, name in enumerate(self._names):
+        indices: Iterable[int] = range(len(self._names))
+        # Adapters without samples are there for their gradients. In training they count for the
+        # draws as well; compiled code is for any indices, and must not look at these.
+        wants_all = training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if not wants_all and self._used is not None:
+            indices = self._used
+        for i in indices:
+            name = self._names[i]
             adapter = None if name is None else adapters.get(name)
             if name is None or adapter is None:
                 continue

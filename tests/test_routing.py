@@ -116,6 +116,49 @@ def test_indices(block, op_calls):
     assert op_calls == ["route", "linear_adapter"]
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_indices_take_adapters_without_samples_along_only_for_gradients(
+    training, gradients, block, monkeypatch
+):
+    passed = []
+    op = ops.linear_adapter
+    monkeypatch.setattr(
+        ops, "linear_adapter", lambda x, w, *a, **k: passed.append(len(w.down)) or op(x, w, *a, **k)
+    )
+    names = ["x1", None, "a1", "x1"]
+    ids = torch.tensor([-1 if n is None else block.adapter_index[n] for n in names])
+    x = rand(4, D)
+    block.train(training)
+    with block.route_adapters(ids), torch.set_grad_enabled(gradients):
+        close(block(x), expected(block, x, names))
+    assert passed == [len(NAMES) if training or gradients else 2]
+
+
+def test_routes_by_index_made_without_gradients_serve_training_too(block):
+    x = rand(2, D)
+    with block.route_adapters(torch.tensor([4, 1])):
+        with torch.no_grad():
+            block.eval()(x)
+        block.train()(x).sum().backward()
+    for name in NAMES:
+        grad = block.adapter_layer[name].module[1].weight.grad
+        assert grad.any() == (name in ("x1", "a1"))
+
+
+def test_depth_is_drawn_by_index_with_and_without_gradients():
+    strategy = ResidualAddAdapterStrategyConfig(stochastic_depth=0.5)
+    block = make_block(*NAMES, adapter_strategy=strategy).train()
+    x = rand(3, D)
+    with block.route_adapters(torch.tensor([4, 1, 2])):
+        for seed in range(8):
+            torch.manual_seed(seed)
+            y = block(x)
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                assert torch.equal(block(x), y)
+
+
 def test_indices_of_rows(block):
     ids = torch.tensor([[0, -1, 4], [4, 2, 2]])
     names = [None if i < 0 else NAMES[i] for i in ids.flatten().tolist()]
