@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, read_write
 from torch import nn
 
 from adapter_ext import files
@@ -69,7 +69,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
             model that has their configuration.
     """
     hosts = _having(_own_hosts(model), name)
-    with transaction(hosts):
+    with transaction(hosts, removed=name):
         for host in hosts.values():
             host.remove_adapter(name)
 
@@ -88,12 +88,14 @@ def set_enabled_adapters(model: nn.Module, name: str | None = None, enabled: boo
             belong to a model that has their configuration.
     """
     hosts = _own_hosts(model)
-    names = _names(hosts) if name is None else [name]
-    if not names:
-        raise ValueError("there are no adapters: add one with add_adapter first")
-    for known in names:
-        for host in _having(hosts, known).values():
-            host.set_enabled_adapters(known, enabled)
+    if name is None:
+        hosts = {path: host for path, host in hosts.items() if host.is_adapter_available()}
+        if not hosts:
+            raise ValueError("there are no adapters: add one with add_adapter first")
+    else:
+        hosts = _having(hosts, name)
+    for host in hosts.values():
+        host.set_enabled_adapters(name, enabled)
 
 
 def save_adapters(
@@ -226,19 +228,29 @@ def checkpoint_context(
 
 
 @contextmanager
-def transaction(hosts: dict[str, AdapterModuleMixin]) -> Iterator[None]:
-    """Within this context, an error undoes all changes to the adapters of the hosts."""
+def transaction(hosts: dict[str, AdapterModuleMixin], removed: str | None = None) -> Iterator[None]:
+    """Within this context, an error undoes what was added to the hosts, and one removal.
+
+    Args:
+        hosts: by path.
+        removed: the adapter that may be removed.
+    """
     states = []
     for host in hosts.values():
-        config = host.__dict__.get("_adapter_cfg")
-        content = None if config is None else OmegaConf.to_container(config, resolve=False)
-        states.append((host, host._adapter_state(), config, content))
+        config = cast("DictConfig | None", host.__dict__.get("_adapter_cfg"))
+        keys = [] if config is None else cast("list[str]", list(config.keys()))
+        kept = None if config is None or removed is None else config._get_node(removed)
+        states.append((host, host._adapter_state(), config, keys, kept))
     try:
         yield
     except BaseException:
-        for host, state, config, content in states:
+        for host, state, config, keys, kept in states:
             if config is not None:
-                refill(cast(DictConfig, config), cast("dict[str, Any]", content))
+                nodes: dict[str, Any] = {
+                    key: kept if key == removed else config._get_node(key) for key in keys
+                }
+                with read_write(config):
+                    refill(config, nodes)
             host._restore_adapter_state(state)
         raise
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from abc import ABC
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -57,7 +58,7 @@ class AdapterModuleMixin(ABC):
 
         block.add_adapter("fr", LinearAdapterConfig(in_features=512, dim=64))
 
-    Whether an adapter is enabled is read from ``adapter_cfg`` when one is added, enabled or
+    Whether an adapter is enabled is read from ``adapter_cfg`` when it is added, enabled or
     disabled, and when ``adapter_cfg`` is assigned; running the module reads no configuration. So
     after editing ``adapter_cfg`` in place, assign it again.
 
@@ -123,13 +124,14 @@ class AdapterModuleMixin(ABC):
         config = getattr(self, "adapter_cfg", None)
         if config is None:
             config = OmegaConf.create({})
-        with open_dict(config):
+        with extensible(config):
             config[name] = {**plain, "enabled": enabled}
         if "adapter_layer" not in self._modules:
             self.adapter_layer = nn.ModuleDict()
         self.adapter_layer[name] = adapter
         self.adapter_name = name
-        self.adapter_cfg = config
+        self._adapter_cfg = config
+        self._enable({name: enabled})
 
     def _match_host(self, adapter: nn.Module) -> None:
         like = floating_tensor(self._host())
@@ -148,10 +150,10 @@ class AdapterModuleMixin(ABC):
                 given the adapter (remove it from the model).
         """
         name, config = self._own_adapter(name)
-        self._remove_module(name)
-        with open_dict(config):
+        with extensible(config):
             del config[name]
-        self.adapter_cfg = config
+        self._remove_module(name)
+        self._enable({name: False})
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Renames an adapter of this module; it keeps its place among the others.
@@ -296,15 +298,26 @@ class AdapterModuleMixin(ABC):
         self._resolve_enabled()
 
     def _resolve_enabled(self) -> None:
+        config = getattr(self, "adapter_cfg", None)
+        names = [] if config is None else [key for key in config if key in self._adapters()]
+        self._enable({name: config[name].get("enabled", True) for name in names})  # type: ignore[index]
+
+    def _enable(self, changes: Mapping[str, bool]) -> None:
+        """Takes over which adapters are enabled, but does not read what is said of all others.
+
+        Configurations are slow to read: adding each of a thousand adapters would take seconds.
+        """
         from adapter_ext import sample_counts
 
         sample_counts.prepare(self)
         config = getattr(self, "adapter_cfg", None)
-        self._enabled_adapters = dict.fromkeys(
-            str(name)
-            for name in ([] if config is None else config)
-            if name in self._adapters() and config[name].get("enabled", True)  # type: ignore[index]
-        )
+        enabled = {**dict.fromkeys(self._enabled_adapters, True), **changes}
+        adapters = self._adapters()
+        self._enabled_adapters = {
+            name: None
+            for name in ([] if config is None else config.keys())  # in the order of these
+            if name in adapters and enabled.get(name, False)
+        }
 
     def set_enabled_adapters(self, name: str | None = None, enabled: bool = True) -> None:
         """Enables or disables an adapter.
@@ -329,14 +342,15 @@ class AdapterModuleMixin(ABC):
             if name not in known:
                 raise ValueError(f"there is no adapter named {name!r}; there are {known}")
             names = [name]
-        changed = [key for key in names if config[key].get("enabled", True) != bool(enabled)]
-        if changed and self._shares_adapter_cfg:
-            # The model's other modules would go on as before, against their configuration.
-            raise ValueError(_OF_A_MODEL.format(changed[0]))
-        with open_dict(config):
+        if self._shares_adapter_cfg:
+            changed = [key for key in names if config[key].get("enabled", True) != bool(enabled)]
+            if changed:
+                # The model's other modules would go on as before, against their configuration.
+                raise ValueError(_OF_A_MODEL.format(changed[0]))
+        with extensible(config):
             for key in names:
                 config[key]["enabled"] = bool(enabled)
-        self._resolve_enabled()
+        self._enable(dict.fromkeys(names, bool(enabled)))
 
     def get_enabled_adapters(self) -> list[str]:
         """The names of the enabled adapters, in the order in which they run."""
@@ -467,19 +481,26 @@ class AdapterModuleMixin(ABC):
     def _host(self) -> nn.Module:
         return cast(nn.Module, self)
 
-    def _share_adapter_cfg(self, cfg: DictConfig, model_guid: str | None) -> None:
-        """Makes the configuration of a whole model this module's."""
-        own = [name for name in self._adapters() if name not in cfg]
-        if own and not self._shares_adapter_cfg:
-            raise ValueError(
-                f"a {type(self).__name__} of this model has adapters {own} that were added to it "
-                f"alone; add them to the model"
-            )
+    def _share_adapter_cfg(
+        self, cfg: DictConfig, enabled: Mapping[str, bool], model_guid: str | None
+    ) -> None:
+        """Makes the configuration of a whole model this module's; it says what is enabled."""
+        if not self._shares_adapter_cfg:
+            own = [name for name in self._adapters() if name not in enabled]
+            if own:
+                raise ValueError(
+                    f"a {type(self).__name__} of this model has adapters {own} that were added to "
+                    f"it alone; add them to the model"
+                )
         self._shares_adapter_cfg = True
-        self.adapter_cfg = cfg
+        self._refer_to(cfg)
+        self._enable(enabled)
         if model_guid is not None:
             # Auxiliary losses are registered under the name by which the model asks for them.
             self.model_guid = model_guid
+
+    def _refer_to(self, cfg: DictConfig) -> None:
+        self._adapter_cfg = cfg
 
     def _adapter_state(self) -> tuple[nn.ModuleDict | None, dict[str, Any], dict[str, Any]]:
         """What :meth:`_restore_adapter_state` needs to undo changes of this module's adapters."""
@@ -530,10 +551,23 @@ def hosts_of(module: nn.Module) -> list[AdapterModuleMixin]:
 
 def named_hosts(module: nn.Module) -> list[tuple[str, AdapterModuleMixin]]:
     """:func:`hosts_of` with their paths."""
-    hosts = hosts_of(module)
-    wanted = set(hosts)
-    paths = {m: path for path, m in module.named_modules() if m in wanted}
-    return [(paths[cast(nn.Module, host)], host) for host in hosts]  # type: ignore[index]
+    hosts: list[tuple[str, AdapterModuleMixin]] = []
+    seen: set[nn.Module] = set()
+    pending: list[tuple[str, nn.Module | None]] = [("", module)]
+    while pending:
+        path, current = pending.pop()
+        if current is None or current in seen:
+            continue
+        seen.add(current)
+        is_host = isinstance(current, AdapterModuleMixin)
+        if is_host:
+            hosts.append((path, cast(AdapterModuleMixin, current)))
+        pending += [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in reversed(current._modules.items())
+            if not (is_host and name == "adapter_layer")
+        ]
+    return hosts
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -595,8 +629,13 @@ def reset_adapter_losses(model: nn.Module) -> None:
 
 def floating_tensor(module: nn.Module) -> Tensor | None:
     """The first floating-point parameter, or else buffer, of a module; None if it has none."""
-    tensors = (*module.parameters(), *module.buffers())
+    tensors = itertools.chain(module.parameters(), module.buffers())
     return next((t for t in tensors if t.is_floating_point()), None)
+
+
+def extensible(config: DictConfig) -> AbstractContextManager[Any]:
+    """``omegaconf.open_dict`` where it does something: it goes through the whole configuration."""
+    return open_dict(config) if OmegaConf.is_struct(config) else nullcontext()
 
 
 def strategy_of(adapter: nn.Module, name: str) -> AbstractAdapterStrategy:

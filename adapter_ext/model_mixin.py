@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 from torch import Tensor, nn
 
 from adapter_ext import files
-from adapter_ext.mixin import AdapterModuleMixin, hosts_of, named_hosts
+from adapter_ext.mixin import AdapterModuleMixin, extensible, hosts_of, named_hosts
 from adapter_ext.names import check_adapter_name
 from adapter_ext.registry import (
     AdapterRegistryInfo,
@@ -166,7 +166,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
     def adapter_cfg(self, cfg: DictConfig | None) -> None:
         # Part of update_adapter_cfg: the model has no adapters of its own.
         if cfg is not None and self.cfg.get("adapters") is not cfg:
-            with open_dict(self.cfg):
+            with extensible(self.cfg):
                 self.cfg.adapters = cfg
 
     def update_adapter_cfg(self, cfg: DictConfig) -> None:
@@ -175,9 +175,15 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         Args:
             cfg: ``model.cfg.adapters``; the modules refer to it, they get no copy.
         """
-        for host in hosts_of(self._host()):
-            if host is not self:
-                host._share_adapter_cfg(cfg, getattr(self, "model_guid", None))
+        hosts = [host for host in hosts_of(self._host()) if host is not self]
+        names = {name for host in hosts for name in host._adapters()}
+        # Read once for all modules: configurations are slow to read.
+        enabled = {k: cfg[k].get("enabled", True) for k in cfg.keys() if k in names}  # noqa: SIM118
+        for host in hosts:
+            host._share_adapter_cfg(cfg, enabled, getattr(self, "model_guid", None))
+
+    def _refer_to(self, cfg: DictConfig) -> None:
+        self.adapter_cfg = cfg
 
     def setup_adapters(self) -> None:
         """Adds the adapters that ``cfg.adapters`` names; call it once, last in the constructor.
@@ -188,11 +194,13 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         if not self.adapter_cfg:
             return
         self._restoring_adapters = True
+        places = self._metadata()
         try:
-            for name in self._known_adapters():
-                cfg = OmegaConf.create(to_plain_config(self.adapter_cfg[name]))
-                module_name = self._metadata().get(name) or ""
-                self.add_adapter(f"{module_name}:{name}" if module_name else name, cfg)
+            with self._transaction():
+                for name in self._known_adapters():
+                    cfg = OmegaConf.create(to_plain_config(self.adapter_cfg[name]))
+                    place = places.get(name)
+                    self.add_adapter(f"{place}:{name}" if place else name, cfg)
         finally:
             del self._restoring_adapters
 
@@ -240,7 +248,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             check_adapter_name(
                 adapter_name, () if self._restoring_adapters else self._known_adapters()
             )
-            with open_dict(self.cfg):
+            with extensible(self.cfg):
                 if self.cfg.get("adapters") is None:
                     self.cfg.adapters = {}
                 config = _prepare_default_adapter_config(
@@ -276,7 +284,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             if not self.is_adapter_available():
                 raise ValueError("there are no adapters: add one with add_adapter first")
             names = self._known_adapters() if name is None else [self._require(name)]
-            with open_dict(self.adapter_cfg):
+            with extensible(self.adapter_cfg):
                 for key in names:
                     self.adapter_cfg[key]["enabled"] = bool(enabled)
             self.update_adapter_cfg(self.adapter_cfg)
@@ -370,13 +378,14 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         if not self.is_adapter_available():
             raise AttributeError("there are no adapters to save: add one with add_adapter first")
         saved: dict[str, files.SavedAdapter] = {}
+        places = self._metadata()
         for key in self._known_adapters() if name is None else [self._require(name)]:
             hosts = [(p, h) for p, h in named_hosts(self._host()) if key in h._adapters()]
             if not hosts:
                 raise ValueError(f"adapter {key!r} is in the configuration, but in no module")
             saved[key] = files.SavedAdapter(
                 name=key,
-                module=self._metadata().get(key) or "",
+                module=places.get(key) or "",
                 config=to_plain_config(self.adapter_cfg[key]),
                 paths=[path for path, _ in hosts],
                 states=[host._adapters()[key].state_dict() for _, host in hosts],
@@ -478,7 +487,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         try:
             yield
         except BaseException:
-            with read_write(self.cfg), open_dict(self.cfg):
+            with read_write(self.cfg), extensible(self.cfg):
                 if config is None:
                     self.cfg.pop("adapters", None)
                 else:
@@ -508,7 +517,7 @@ def update_module_class_with_adapter_class(
     if verbose:
         _logger.info("%s became %s", info.base_class_path, info.adapter_class_path)
     if update_config:
-        with open_dict(cfg):
+        with extensible(cfg):
             _replace_targets(cfg, info)
 
 
@@ -536,7 +545,7 @@ def _prepare_default_adapter_config(
     """
     if cfg is None:
         cfg = OmegaConf.create({})
-    with open_dict(cfg):
+    with extensible(cfg):
         if cfg.get(global_key) is None:
             cfg[global_key] = {}
         if cfg[global_key].get(meta_key) is None:
@@ -552,7 +561,7 @@ def _in_a_transaction(function: Callable[..., Any]) -> Callable[..., Any]:
         outermost = not self._in_transaction
         with self._transaction():
             result = function(self, *args, **kwargs)
-            if outermost and function.__name__ == "add_adapter":
+            if (outermost or self._restoring_adapters) and function.__name__ == "add_adapter":
                 self._warn_without_module(args[0] if args else kwargs["name"])
             return result
 
@@ -573,7 +582,7 @@ def _renamed(mapping: Mapping[str, Any], new_name: Callable[[str], str | None]) 
 
 def refill(config: DictConfig, content: Mapping[str, Any]) -> None:
     """Replaces the content of a configuration that others refer to."""
-    with open_dict(config):
+    with extensible(config):
         for key in list(config):
             config.pop(key)
         for key, value in content.items():

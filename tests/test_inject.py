@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from layer_testing import Block, config, formula, rand
 from model_testing import Block as PlainBlock
 from model_testing import StockModel, adapter_config, assert_same_tensors, model_config
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ReadonlyConfigError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -758,6 +760,46 @@ def test_adding_is_all_or_nothing():
             ax.add_adapter(model, name, {"dim": 2})
     with unchanged(model), pytest.raises(TypeError, match="must be a dict"):
         ax.add_adapter(model, "b", 3)
+
+
+def test_removing_is_all_or_nothing():
+    model = injected()
+    ax.add_adapter(model, "b", {"dim": 2})
+    ax.set_enabled_adapters(model, "a1", enabled=False)
+    OmegaConf.set_readonly(model.layers[2].adapter_cfg, True)
+    before = [copy.deepcopy(layer.adapter_cfg) for layer in model.layers]
+    with unchanged(model), pytest.raises(ReadonlyConfigError):
+        ax.remove_adapter(model, "a")
+    for layer, was in zip(model.layers, before, strict=True):
+        assert layer.adapter_cfg == was
+        assert list(layer.adapter_cfg) == ["a", "a1", "b"]
+        assert layer.get_enabled_adapters() == ["a", "b"]
+
+
+def test_the_cost_of_an_adapter_does_not_grow_with_their_number(monkeypatch):
+    reads = []
+    read = DictConfig._get_node
+    monkeypatch.setattr(DictConfig, "_get_node", lambda *a, **k: reads.append(1) or read(*a, **k))
+
+    def counted(function, *args):
+        reads.clear()
+        function(*args)
+        return len(reads)
+
+    model = injected()
+    costs = []
+    for i in range(30):
+        name = f"new{i}"
+        costs.append(
+            [
+                counted(ax.add_adapter, model, name, {"dim": 2}),
+                counted(ax.set_enabled_adapters, model, name, False),
+                counted(ax.set_enabled_adapters, model, name, True),
+            ]
+        )
+    assert costs[0] == costs[-1]
+    assert min(costs[0]) > 0
+    assert counted(ax.remove_adapter, model, "new7") == counted(ax.remove_adapter, model, "a")
 
 
 def test_a_part_of_a_model():

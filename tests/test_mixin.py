@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 from layer_testing import Block, D, config, formula, make_block, rand, randomize
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ReadonlyConfigError
 from torch import nn
 
 from adapter_ext import (
@@ -22,6 +23,7 @@ from adapter_ext import (
     ResidualAddAdapterStrategyConfig,
     ReturnResultAdapterStrategy,
 )
+from adapter_ext.mixin import named_hosts
 
 NEMO_LINEAR = "nemo.collections.common.parts.adapter_modules.LinearAdapter"
 
@@ -395,6 +397,39 @@ def test_item14_hosts_hook_runs(op_calls):
     assert len(op_calls) == 1
     block.forward_single_enabled_adapter_ = lambda x, *_, **__: x * 0
     assert not block(x).any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.add_adapter("b", config()),
+        lambda block: block.remove_adapter("a"),
+        lambda block: block.set_enabled_adapters("a", enabled=False),
+    ],
+)
+def test_a_read_only_configuration_keeps_the_adapters_as_they_are(change):
+    block = make_block("a", "a1")
+    OmegaConf.set_readonly(block.adapter_cfg, True)
+    with pytest.raises(ReadonlyConfigError):
+        change(block)
+    assert list(block.adapter_layer) == list(block.adapter_cfg) == ["a", "a1"]
+    assert block.get_enabled_adapters() == ["a", "a1"]
+    assert block.adapter_name == "a1"
+
+
+def test_enabled_again_an_adapter_runs_in_its_place():
+    block = make_block("a", "a1", "b")
+    block.set_enabled_adapters("a", enabled=False)
+    block.set_enabled_adapters("a", enabled=True)
+    assert block.get_enabled_adapters() == ["a", "a1", "b"]
+
+
+def test_paths_of_hosts_lead_past_adapters():
+    block = make_block("a")
+    inner = Block()
+    block.adapter_layer["a"].inner = inner
+    model = nn.ModuleDict({"first": block, "second": nn.ModuleList([inner, block])})
+    assert named_hosts(model) == [("first", block), ("second.0", inner)]
 
 
 def test_item14_strategy_may_be_replaced_by_assignment(block):
