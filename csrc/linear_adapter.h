@@ -158,9 +158,7 @@ class LinearAdapterArguments {
       p_.hidden_stride = r > p_.hidden_stride ? r : p_.hidden_stride;
     }
     if (stack) {
-      const int64_t size = p_.weight_type == DataType::kFloat64   ? 8
-                           : p_.weight_type == DataType::kFloat32 ? 4
-                                                                  : 2;
+      const int64_t size = size_of(p_.weight_type);
       p_.adapters = {nullptr,
                      views_[0],
                      norm_weight[0].stride(0) * size,
@@ -355,9 +353,7 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
   if (arguments.stacked()) {
     // Each adapter's gradients within the stacks, which are contiguous.
     const AdapterGradients first = gradients[0];
-    const int64_t size = problem.weight_type == DataType::kFloat64   ? 8
-                         : problem.weight_type == DataType::kFloat32 ? 4
-                                                                     : 2;
+    const int64_t size = size_of(problem.weight_type);
     const int64_t width = problem.hidden_size, matrix = width * problem.hidden_stride;
     gradients.resize(static_cast<size_t>(problem.routing.adapters));
     for (int64_t a = 0; a < problem.routing.adapters; ++a) {

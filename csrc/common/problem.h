@@ -10,6 +10,10 @@
 namespace adapter_ext {
 
 enum class DataType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+constexpr int64_t size_of(DataType type) {
+  return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
+}
+
 enum class Activation : int32_t { kIdentity, kHardtanh, kRelu, kSelu, kSwish, kGelu, kGeluTanh };
 enum class NormPosition : int32_t { kPre, kPost };
 enum class DepthMode : int32_t { kCall, kSample };

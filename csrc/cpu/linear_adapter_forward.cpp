@@ -154,13 +154,7 @@ class Forward {
                        prepare_adapter(segment, blocks.rows_in_task);
                      }
                      packed = &segment;
-                     for (int64_t i = 0; i < next.count; ++i) {
-                       const int64_t row =
-                           Plan::row(*next.segment, p_.routing.rows_per_sample, next.first + i);
-                       next_[i] = {static_cast<const X*>(p_.x) + row * width_,
-                                   width_ * int64_t{sizeof(X)}};
-                     }
-                     ahead_.set(next_, next.count);
+                     ask_ahead(next, next.count > 0 && next.segment != &segment);
                      run_block(segment, block.first, block.count);
                    });
     finish_streams();
@@ -192,7 +186,8 @@ class Forward {
     return padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
   }
 
-  const X* x(int64_t i) const { return static_cast<const X*>(p_.x) + row_[i] * width_; }
+  const X* x_row(int64_t row) const { return static_cast<const X*>(p_.x) + row * width_; }
+  const X* x(int64_t i) const { return x_row(row_[i]); }
   X* y(int64_t i) const { return static_cast<X*>(p_.y) + row_[i] * width_; }
 
   void prepare_adapter(const Segment& segment, int64_t rows) {
@@ -216,6 +211,22 @@ class Forward {
     if (penalties_) {
       std::copy(penalty_, penalty_ + count, penalties_ + segment.first_position + first);
     }
+  }
+
+  // Lets the products of a block ask for the next one's rows, and for its weights if they are others.
+  void ask_ahead(const Block& next, bool other_weights) {
+    Ahead::Piece* piece = next_;
+    for (int64_t i = 0; i < next.count; ++i) {
+      const int64_t row = Plan::row(*next.segment, p_.routing.rows_per_sample, next.first + i);
+      *piece++ = {x_row(row), width_ * int64_t{sizeof(X)}};
+    }
+    if (other_weights) {
+      const AdapterView view = adapter_view(p_.adapters, next.segment->adapter);
+      const int64_t bytes = view.bottleneck * width_ * size_of(p_.weight_type);
+      if (view.down_stride == width_) *piece++ = {view.down, bytes};
+      if (view.up_stride == view.bottleneck) *piece++ = {view.up, bytes};
+    }
+    ahead_.set(next_, piece - next_);
   }
 
   void start_rows(const Segment& segment, int64_t first, int64_t count) {
@@ -358,7 +369,7 @@ class Forward {
   const int64_t width_, block_rows_, left_stride_, hidden_stride_, out_columns_, out_stride_;
   const bool streams_;
   Ahead ahead_;
-  Ahead::Piece next_[kMostBlockRows];
+  Ahead::Piece next_[kMostBlockRows + 2];
   AdapterView view_;
   WeightOperand<X, Product> down_, up_;
   C *packed_down_, *packed_up_, *norm_weight_, *norm_bias_, *mean_, *rstd_, *penalty_, *left_,

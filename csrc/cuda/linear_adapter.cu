@@ -33,10 +33,6 @@ const AdapterGradients* gradients_of(const LinearAdapterBackward& problem) {
   return problem.gradients;
 }
 
-int64_t element_size(DataType type) {
-  return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
-}
-
 // Kernels count columns, and the elements of a tile's rows of the bottleneck, in 32 bits.
 void check_widths(const LinearAdapterProblem& problem) {
   constexpr int64_t limit = int64_t{1} << 24;
@@ -57,7 +53,7 @@ Call<ProblemType> make_call(const ProblemType& problem, void* workspace, int64_t
   Adapters& adapters = call.adapters;
   const int64_t count = problem.routing.adapters;
   if (!table.list) {
-    const int64_t size = element_size(problem.weight_type);
+    const int64_t size = size_of(problem.weight_type);
     adapters.stacked = true;
     adapters.adapter[0] = {table.first, gradients && count ? gradients[0] : AdapterGradients{}};
     adapters.norm_weight_step = table.norm_weight_step;
