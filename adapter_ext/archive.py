@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import io
 import itertools
 import os
@@ -230,13 +231,19 @@ class _Bounded(io.RawIOBase):
 # --- The configuration ----------------------------------------------------------------------------
 
 
+# OmegaConf 2.4 allows for some 300 adapters, to be safe from aliases, which are refused here.
+_NO_LIMIT: dict[str, Any] = dict.fromkeys(
+    {"max_yaml_expanded_nodes"}.intersection(inspect.signature(OmegaConf.create).parameters)
+)
+
+
 def _parse_config(text: bytes) -> dict[str, Any]:
     if len(text) > _MAX_CONFIG_BYTES:
         raise FileError(f"{_CONFIG} has more than {_MAX_CONFIG_BYTES} bytes")
     _check_yaml(text.decode())
     # OmegaConf's own reader: it takes 1e-5 for a number and a date for a string, and refuses keys
     # that are there twice.
-    config = OmegaConf.to_container(OmegaConf.create(text.decode()), resolve=False)
+    config = OmegaConf.to_container(OmegaConf.create(text.decode(), **_NO_LIMIT), resolve=False)
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise FileError(f"{_CONFIG} must be a mapping with keys of type str")
     return cast("dict[str, Any]", config)

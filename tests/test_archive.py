@@ -124,6 +124,15 @@ def test_what_could_not_be_read_replaces_nothing(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["x.nemo"]
 
 
+def test_a_configuration_of_a_thousand_adapters(tmp_path):
+    # OmegaConf 2.4 reads no YAML of more than 10,000 values, unless told to.
+    adapters = {f"a{i}": {f"key{j}": j for j in range(10)} for i in range(1000)}
+    path = tmp_path / "many.nemo"
+    write_archive(path, {"adapters": adapters}, {"w": torch.ones(1)})
+    config, _ = read_archive(path)
+    assert config == {"adapters": adapters}
+
+
 def test_ordinary_tools_read_it(tmp_path):
     written = state()
     write_archive(tmp_path / "x.nemo", CONFIG, written)

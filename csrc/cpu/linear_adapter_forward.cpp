@@ -213,7 +213,8 @@ class Forward {
     }
   }
 
-  // Lets the products of a block ask for the next one's rows, and for its weights if they are others.
+  // Lets the products of a block ask for the next one's rows, and for its weights if they are
+  // others.
   void ask_ahead(const Block& next, bool other_weights) {
     Ahead::Piece* piece = next_;
     for (int64_t i = 0; i < next.count; ++i) {
