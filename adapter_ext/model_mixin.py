@@ -193,8 +193,8 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         """
         if not self.adapter_cfg:
             return
-        self._restoring_adapters = True
         places = self._metadata()
+        self._restoring_adapters = True
         try:
             with self._transaction():
                 for name in self._known_adapters():

@@ -66,10 +66,6 @@ class Arrays {
   std::vector<Array> inputs_, outputs_;
 };
 
-int64_t size_of(DataType type) {
-  return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
-}
-
 // How many threads there are decides how the work is divided; one can do all of it.
 void run_in_turn(int64_t tasks, void (*body)(int64_t, void*), void* context) {
   for (int64_t task = 0; task < tasks; ++task) body(task, context);
@@ -104,8 +100,8 @@ void run(const Call& call) {
   const size_t adapters = static_cast<size_t>(call.adapters);
   std::vector<AdapterView> views(call.stacked ? 1 : adapters);
   views.reserve(1);  // a list is not null
-  for (const auto kind : {&AdapterView::norm_weight, &AdapterView::norm_bias, &AdapterView::down,
-                          &AdapterView::up}) {
+  for (const auto kind :
+       {&AdapterView::norm_weight, &AdapterView::norm_bias, &AdapterView::down, &AdapterView::up}) {
     for (AdapterView& view : views) view.*kind = arrays.input();
   }
   for (size_t a = 0; a < views.size(); ++a) {
@@ -141,7 +137,7 @@ void run(const Call& call) {
     backward.rstd = arrays.input();
     backward.grad_x = arrays.output();
     std::vector<AdapterGradients> gradients(adapters);
-    const auto set = [&](void* AdapterGradients::*kind, int64_t step) {
+    const auto set = [&](void* AdapterGradients::* kind, int64_t step) {
       char* stack = call.stacked ? arrays.output() : nullptr;
       for (size_t a = 0; a < adapters; ++a) {
         if (!call.stacked) {

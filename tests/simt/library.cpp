@@ -37,9 +37,6 @@ class Allowed {
   std::vector<const void*> memory_;
 };
 
-int64_t size_of(DataType type) {
-  return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
-}
 int64_t size_of_sums(const LinearAdapterProblem& p) {
   return p.data_type == DataType::kFloat64 ? 8 : 4;
 }
