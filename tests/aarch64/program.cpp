@@ -100,8 +100,8 @@ void run(const Call& call) {
   const size_t adapters = static_cast<size_t>(call.adapters);
   std::vector<AdapterView> views(call.stacked ? 1 : adapters);
   views.reserve(1);  // a list is not null
-  for (const auto kind :
-       {&AdapterView::norm_weight, &AdapterView::norm_bias, &AdapterView::down, &AdapterView::up}) {
+  for (const auto kind : {&AdapterView::norm_weight, &AdapterView::norm_bias, &AdapterView::down,
+                          &AdapterView::up}) {
     for (AdapterView& view : views) view.*kind = arrays.input();
   }
   for (size_t a = 0; a < views.size(); ++a) {
@@ -137,7 +137,7 @@ void run(const Call& call) {
     backward.rstd = arrays.input();
     backward.grad_x = arrays.output();
     std::vector<AdapterGradients> gradients(adapters);
-    const auto set = [&](void* AdapterGradients::* kind, int64_t step) {
+    const auto set = [&](void* AdapterGradients::*kind, int64_t step) {
       char* stack = call.stacked ? arrays.output() : nullptr;
       for (size_t a = 0; a < adapters; ++a) {
         if (!call.stacked) {
