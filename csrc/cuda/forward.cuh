@@ -236,7 +236,7 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
     if (i < count && j < stride) {
       const C* from = static_cast<const C*>(params.partials) + (chunks - 1) * chunk_step +
                       (first + i) * stride + j;
-#pragma unroll 4
+#pragma unroll 8
       for (int chunk = chunks - 1; chunk >= 0; --chunk, from -= chunk_step) {
         C of_chunk[n];
         load_aligned(of_chunk, from);
