@@ -317,38 +317,45 @@ __global__ __launch_bounds__(kThreads) void aux_kernel(
 
 static_assert(sizeof(ForwardParams) <= 4096);
 
-// Launches forward_parts_kernel, if it can do what is asked for; false where it can not.
+// Whether forward_parts_kernel can do what is asked for, and its shared memory. `resident`: with
+// all columns of x in it, or not at all.
 template <class X, class P, class S>
-bool forward_parts(const ForwardCall& call, ForwardParams& params) {
+bool parts_layout(const LinearAdapterForward& f, int64_t limit, bool resident,
+                  SharedLayout& layout) {
   if constexpr (kByParts<X, P, S>) {
-    const LinearAdapterForward& f = call.problem;
     if (f.norm_position != NormPosition::kPre || f.l2_lambda || !PartProducts<X, P, S>::takes(f)) {
       return false;
     }
-    const int64_t limit = call.limits.shared_memory;
     SharedLayout products = shared_layout<X, P, S>(f, limit, kPartTiles);
     take_norm<X>(products, f, f.hidden_size, limit);
-    SharedLayout& layout = params.layout;
     layout = products;
     take_x<X>(layout, S::kRows, f.hidden_size, limit);
     if (layout.x_columns < f.hidden_size) {
+      if (resident) return false;
       layout = products;
       take_stages<X, P>(layout, S::kRows, ColumnOrder::kParts);
       take_x<X>(layout, S::kRows, f.hidden_size, limit);
     }
-    if (!layout.norm_columns || layout.bytes > limit) return false;
-    params.parts = Parts::make(f, S::kRows, false);
-    launch("linear_adapter", &forward_parts_kernel<X, P, S>, params.parts.blocks, S::kThreads,
-           layout.bytes, call.stream, params);
-    return true;
+    return layout.norm_columns && layout.bytes <= limit;
   }
   return false;
 }
 
 template <class X, class P, class S>
+void forward_parts(const ForwardCall& call, ForwardParams& params) {
+  if constexpr (kByParts<X, P, S>) {
+    params.parts = Parts::make(call.problem, S::kRows, false);
+    launch("linear_adapter", &forward_parts_kernel<X, P, S>, params.parts.blocks, S::kThreads,
+           params.layout.bytes, call.stream, params);
+  }
+}
+
+template <class X, class P, class S>
 void forward_whole(const ForwardCall& call, ForwardParams& params) {
   const LinearAdapterForward& f = call.problem;
-  if (forward_parts<X, P, S>(call, params)) return;
+  if (parts_layout<X, P, S>(f, call.limits.shared_memory, false, params.layout)) {
+    return forward_parts<X, P, S>(call, params);
+  }
   // Two blocks of a multiprocessor, so that one computes while the other waits. Large tiles that do
   // not fit then have one to themselves, with more of x, which otherwise is read again from memory.
   const int64_t reserved = 1024;  // by CUDA, for each block
@@ -381,7 +388,13 @@ void Forward<X, P>::run(const ForwardCall& call) {
   const int64_t tiles = f.rows / 16 + std::min(f.routing.adapters, f.rows);
   const SharedLayout split_layout =
       shared_layout<X, P, SmallTile>(f, call.limits.shared_memory, kDownStages);
-  const bool split = tiles < 2 * processors && split_layout.activated_resident;
+  const bool large = large_tiles(f, processors);
+  static const char* env = getenv("AE_PARTS");
+  static const int64_t env_tiles = env ? atoi(env) : 66;
+  const bool small_parts =
+      !large && tiles >= env_tiles &&
+      parts_layout<X, P, SmallTile>(f, call.limits.shared_memory, true, params.layout);
+  const bool split = !small_parts && tiles < 2 * processors && split_layout.activated_resident;
   params.order = ColumnOrder::make(f.hidden_size);
   const int64_t chunks = params.order.chunks;
   const int64_t column_blocks = (f.hidden_size + kBlock - 1) / kBlock;
@@ -399,7 +412,9 @@ void Forward<X, P>::run(const ForwardCall& call) {
     *call.bytes = workspace.bytes();
     return;
   }
-  if (split) {
+  if (small_parts) {
+    forward_parts<X, P, SmallTile>(call, params);
+  } else if (split) {
     params.layout = split_layout;
     params.parts = Parts::make(f, 16, false);
     const auto launch_split = [&](const char* name, auto kernel, Begins begins) {
@@ -426,7 +441,7 @@ void Forward<X, P>::run(const ForwardCall& call) {
       params.statistics = false;
     }
     launch_split("linear_adapter's second product", &forward_up_kernel<X, P>, Begins::kEarly);
-  } else if (large_tiles(f, processors)) {
+  } else if (large) {
     forward_whole<X, P, LargestForwardTile<X>>(call, params);
   } else {
     forward_whole<X, P, SmallTile>(call, params);

@@ -1,12 +1,12 @@
-// The forward of large tiles of 16-bit elements, where rows and weights have nothing but whole
-// vectors: operands of the first product are made in registers, and those of the second are read
-// once.
+// The forward of tiles of 16-bit elements, where rows and weights have nothing but whole vectors:
+// operands of the first product are made in registers, and those of the second are read once.
 //
 // The parts of the columns (ColumnOrder) are worked on at the same time, a block of 64 columns of
 // each in a round: its columns of x where they are not in shared memory, and its weights, which are
 // on their way during the round before. A warp of the first product has 16 rows and one part; it
 // makes LN(x) in registers from what it reads of x. A warp of the second product has 32 rows and
-// half a block of a part; it reads its operands, act(h), once.
+// half a block of a part, or in tiles of 16 rows all of a block; it reads its operands, act(h),
+// once.
 //
 // Which rows and columns a lane has of mma's tiles is free, as long as the operands are read
 // accordingly. In the second product a lane has 8 neighbouring columns, 16 bytes of x and y, and
@@ -18,8 +18,9 @@
 namespace adapter_ext::cuda {
 
 template <class X, class P, class S>
-inline constexpr bool kByParts = std::is_same_v<P, TensorCore<X>> && S::kRows == kBlock &&
-                                 S::kWarps == S::kRows / 16 * ColumnOrder::kParts;
+inline constexpr bool kByParts =
+    std::is_same_v<P, TensorCore<X>> && (S::kRows == 64 || S::kRows == 16) &&
+    S::kWarps == S::kRows / 16 * ColumnOrder::kParts;
 
 template <class X, class P, class S>
 class PartProducts {
@@ -237,6 +238,17 @@ class PartProducts {
     int pitch;
   };
 
+  // What a warp has in the second product, in tiles of 16 rows and of 32 columns.
+  static constexpr int kDownTiles = S::kRows == 64 ? 2 : 1, kAcrossTiles = 2 / kDownTiles;
+  template <class Function>
+  static __device__ __forceinline__ void for_each_tile(Function&& function) {
+#pragma unroll
+    for (int down = 0; down < kDownTiles; ++down) {
+#pragma unroll
+      for (int across = 0; across < kAcrossTiles; ++across) function(down, across);
+    }
+  }
+
   // `plain`: d is o, and there is a residual.
   template <bool plain>
   __device__ __forceinline__ void finish_as() const {
@@ -245,7 +257,8 @@ class PartProducts {
     const Dropout dropout(f, params.dropout);
     const Warp warp;
     const int lane = warp.lane, t = lane % 4, part = warp.index / kDown;
-    const int first_row = warp.index % 2 * 32, first_column = warp.index / 2 % 2 * 32;
+    const int first_row = kDownTiles > 1 ? warp.index % 2 * 32 : 0;
+    const int first_column = kDownTiles > 1 ? warp.index / 2 % 2 * 32 : 0;
     const int own_row = first_row + row_of(lane / 4), own_column = first_column + 8 * t;
     const int begin = order_.first_column[part], end = order_.first_column[part + 1];
     const int depth = step_depth<P>(tile_.view.bottleneck, 0);
@@ -254,17 +267,15 @@ class PartProducts {
     const bool brings = own.column < tile_.view.bottleneck;
     const X* weights_from =
         static_cast<const X*>(tile_.view.up) + (begin + own.row) * stride + own.column;
-    // Rows are stored so that a lane's columns are neighbours: of 32 of them, 8 u + 2 i + e is in
-    // tile i, 2 u + e.
-    const int to_at = (own.row / 8 * 2 + own.row % 8 / 2 * 8 + own.row % 2) * kPitch + own.column;
+    const int to_at = place_of(own.row) * kPitch + own.column;
     const auto bring = [&](int round) {
       const int column = begin + round * kBlock;
       if (column < end) {
         T* const to = weights(round, part) + to_at;
 #pragma unroll
         for (int i = 0; i < kBlock; i += kBroughtRows) {
-          copy_async(to + (i / 32 * 32 + i % 32 / 8 * 2) * kPitch,
-                     brings ? weights_from + i * stride : tile_.view.up, brings ? 16 : 0);
+          copy_async(to + place_of(i) * kPitch, brings ? weights_from + i * stride : tile_.view.up,
+                     brings ? 16 : 0);
         }
         if (plain || f.residual) bring_x(own, round, part, column);
       }
@@ -272,15 +283,15 @@ class PartProducts {
       copy_async_commit();
     };
     bring(0);
-    uint32_t left[2][kSteps][4];
+    uint32_t left[kDownTiles][kSteps][4];
     const T* const left_from =
         shared_at<T>(tile_.layout.activated) +
         (first_row + lane / 8 % 2 * 8 + row_of(lane % 8)) * tile_.layout.activated_pitch +
         lane / 16 * 8;
-    X* to[2][2];
-    bool there[2][2];
+    X* to[kDownTiles][2];
+    bool there[kDownTiles][2];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < kDownTiles; ++m) {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         load_matrices<false>(left[m][k],
@@ -294,20 +305,23 @@ class PartProducts {
       }
     }
     const int right_at = (first_column + lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
-    float sums[2][4][4];
+    float sums[kDownTiles][kAcrossTiles][4][4];
     const auto multiply = [&]<bool whole>(const T* right_from) {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         if (!whole && 16 * k >= depth) break;
 #pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          uint32_t pair[4];
-          load_matrices<false>(pair, right_from + 8 * i * kPitch + 16 * k);
-          const uint32_t right[2][2] = {{pair[0], pair[1]}, {pair[2], pair[3]}};
+        for (int across = 0; across < kAcrossTiles; ++across) {
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            multiply_add(sums[m][i], left[m][k], right[0], T{});
-            multiply_add(sums[m][i + 1], left[m][k], right[1], T{});
+          for (int i = 0; i < 4; i += 2) {
+            uint32_t pair[4];
+            load_matrices<false>(pair, right_from + (32 * across + 8 * i) * kPitch + 16 * k);
+            const uint32_t right[2][2] = {{pair[0], pair[1]}, {pair[2], pair[3]}};
+#pragma unroll
+            for (int m = 0; m < kDownTiles; ++m) {
+              multiply_add(sums[m][across][i], left[m][k], right[0], T{});
+              multiply_add(sums[m][across][i + 1], left[m][k], right[1], T{});
+            }
           }
         }
       }
@@ -320,54 +334,50 @@ class PartProducts {
       if (column >= end) continue;
       const Columns x = x_at(round, part, column);
       const X* const from = x.data + own_row * x.pitch + own_column;
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
+      for_each_tile([&](int m, int across) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sums[m][i][e] = 0.0f;
+          for (int e = 0; e < 4; ++e) sums[m][across][i][e] = 0.0f;
         }
-      }
+      });
       if (depth == kBlock) {
         multiply.template operator()<true>(weights(round, part) + right_at);
       } else {
         multiply.template operator()<false>(weights(round, part) + right_at);
       }
-      uint4 x_bits[2][2];
+      const auto x_bits_at = [&](int m, int across, int half) {
+        return *reinterpret_cast<const uint4*>(from + (16 * m + 8 * half) * x.pitch + 32 * across);
+      };
+      uint4 x_bits[kDownTiles][kAcrossTiles][2];
       if constexpr (plain) {
+        for_each_tile([&](int m, int across) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            x_bits[m][half] = *reinterpret_cast<const uint4*>(from + (16 * m + 8 * half) * x.pitch);
-          }
-        }
+          for (int half = 0; half < 2; ++half) x_bits[m][across][half] = x_bits_at(m, across, half);
+        });
       }
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
+      for_each_tile([&](int m, int across) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float d[8];
 #pragma unroll
-          for (int e = 0; e < 8; ++e) d[e] = sums[m][e / 2][2 * half + e % 2];
+          for (int e = 0; e < 8; ++e) d[e] = sums[m][across][e / 2][2 * half + e % 2];
           if constexpr (plain) {
-            add_bits(d, x_bits[m][half]);
+            add_bits(d, x_bits[m][across][half]);
           } else if (there[m][half]) {
             const int i = own_row + 16 * m + 8 * half;
-            dropout.apply(d, tile_.row()[i], column + own_column);
+            dropout.apply(d, tile_.row()[i], column + own_column + 32 * across);
             const float scale = static_cast<float>(params.depth.kept_scale);
             const bool active = tile_.active()[i];
 #pragma unroll
             for (int e = 0; e < 8; ++e) d[e] = active ? d[e] * scale : 0.0f;
-            if (f.residual) {
-              add_bits(d, *reinterpret_cast<const uint4*>(from + (16 * m + 8 * half) * x.pitch));
-            }
+            if (f.residual) add_bits(d, x_bits_at(m, across, half));
           }
           if (there[m][half]) {
-            store_aligned<Space::kGlobal>(to[m][half] + round * kBlock, d);
+            store_aligned<Space::kGlobal>(to[m][half] + round * kBlock + 32 * across, d);
           }
         }
-      }
+      });
     }
   }
 
@@ -391,6 +401,12 @@ class PartProducts {
     }
     return columns / kBlock;
   }
+  // Where a row of `up` lies in its buffer, so that a lane's columns of y are neighbours: of 32
+  // rows, 8 u + 2 i + e is in tile i, 2 u + e. That of a sum is the sum of those of a multiple of
+  // kBroughtRows and of what is less.
+  static __device__ __forceinline__ int place_of(int row) {
+    return row / 32 * 32 + row % 32 / 8 * 2 + row % 8 / 2 * 8 + row % 2;
+  }
   // Which of 8 rows of a tile lanes 4 g to 4 g + 3 have, in the second product.
   static __device__ __forceinline__ int row_of(int g) { return g / 2 + g % 2 * 4; }
 
@@ -399,7 +415,8 @@ class PartProducts {
     return shared_at<T>(tile_.layout.weights[0] + ((round & 1) * kParts + part) * kWeightBytes<P>);
   }
   __device__ __forceinline__ X* stage(int round, int part) const {
-    return shared_at<X>(tile_.layout.x_stage[round & 1] + part * kWeightBytes<P>);
+    return shared_at<X>(tile_.layout.x_stage[round & 1] +
+                        part * S::kRows * kStagePitch<X, P> * static_cast<int>(sizeof(X)));
   }
   // A block of columns of x.
   __device__ __forceinline__ Columns x_at(int round, int part, int column) const {
@@ -413,7 +430,7 @@ class PartProducts {
     X* const to = stage(round, part) + own.at;
     const X* const x = static_cast<const X*>(tile_.f.x) + column + own.column;
 #pragma unroll
-    for (int i = 0; i < kBlock; i += kBroughtRows) {
+    for (int i = 0; i < S::kRows; i += kBroughtRows) {
       copy_async(to + i * kPitch, x + tile_.row()[own.row + i] * tile_.width,
                  own.row + i < tile_.count ? 16 : 0);
     }
