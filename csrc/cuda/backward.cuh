@@ -51,11 +51,10 @@ struct BackwardParams {
   void* vectors;           // [adapters, 2, hidden_stride]: c1, c0
   void* partials;          // [2 (rows / range + 1), column blocks, partial_size]
   ColumnLayout layout;
-  // First kernel, in bytes: up [kStep, 64] and dy as it is, of `stages` steps (see kPartStages);
-  // du, [rows, kStep]; the product's sums, in their place.
-  static constexpr int kStages = 3, kManyStages = 6;
-  int gradient_part[kManyStages], up[kManyStages], gradient[2], hidden_sums;
-  int stages;  // kStages, or kManyStages
+  // First kernel, in bytes: up [kStep, 64] and dy as it is, of kStages steps (see kPartStages); du,
+  // [rows, kStep]; the product's sums, in their place.
+  static constexpr int kStages = 3;
+  int gradient_part[kStages], up[kStages], gradient[2], hidden_sums;
   bool whole;  // rows are whole blocks of columns, and begin at multiples of 16 bytes
   bool plain;  // and du is dy as it is, so that it is multiplied where it is brought
   Adapters adapters;
@@ -299,33 +298,6 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
     if (i < count && j < padded) store_aligned<Space::kGlobal>(to + i * padded + j, part);
   };
 
-  const X* grad_y = static_cast<const X*>(b.grad_y);
-  const bool aligned = is_aligned(grad_y, width * static_cast<int64_t>(sizeof(X)));
-  // The products of dh go along D by steps, each with a piece of dy and of `up`.
-  const int steps = static_cast<int>((width + kStep<P> - 1) / kStep<P>);
-  constexpr int part_pitch = kPartPitch<X, kStep<P>>;
-  const auto part_at = [&](int stage, int step) {
-    return shared_at<X>(
-        params.gradient_part[kPartStages<X, P> == BackwardParams::kStages ? stage : step & 1]);
-  };
-  const auto up_at = [&](int stage) { return shared_at<T>(params.up[stage]); };
-  using Weights = WeightTile<X, P, S, kStep<P>, kBlock>;
-  const auto bring_step = [&](int block, int step, int stage) {
-    Weights(tile.up(), step * kStep<P>, block * kBlock)
-        .fill(up_at(stage), kBlockPitch<P>, tile.rounding);
-    bring<Part>(part_at(stage, step), part_pitch, grad_y, tile.row(), count, step * kStep<P>, width,
-                aligned);
-  };
-  const int ahead = params.stages - 1;
-  const bool early = !wants_out(b);  // else the second product needs their places first
-  if (early) {
-#pragma unroll 1
-    for (int step = 0; step < ahead; ++step) {
-      if (step < steps) bring_step(0, step, step);
-      copy_async_commit();
-    }
-  }
-
   // z.
   T* const activated = static_cast<T*>(params.activated) + first * padded;
   for (int block = 0; block * kBlock < r; ++block) {
@@ -355,6 +327,8 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
     }
   }
 
+  const X* grad_y = static_cast<const X*>(b.grad_y);
+  const bool aligned = is_aligned(grad_y, width * static_cast<int64_t>(sizeof(X)));
   C* row_sums = static_cast<C*>(params.row_sums) + 4 * first;
   const auto store_row_sums = [&](int i, C mean, C product) {
     const C sums[4] = {tile.mean()[i], tile.rstd()[i], mean, product};
@@ -409,58 +383,56 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
   }
 
   // dh, block by block of the bottleneck; the pre norm's sums over it.
+  const int steps = static_cast<int>((width + kStep<P> - 1) / kStep<P>);
+  constexpr int part_pitch = kPartPitch<X, kStep<P>>;
+  const auto part_at = [&](int step) {
+    return shared_at<X>(params.gradient_part[step % kPartStages<X, P>]);
+  };
+  const auto up_at = [&](int step) {
+    return shared_at<T>(params.up[step % BackwardParams::kStages]);
+  };
   for (int block = 0; block * kBlock < r; ++block) {
     const int columns = min(r - block * kBlock, kBlock);
     Product<P, S> hidden_gradient;
     hidden_gradient.clear();
     __syncthreads();
-    const auto multiply = [&](const T* gradient, int stage) {
-      hidden_gradient.template multiply<true, false>(gradient, kStepPitch<P>, up_at(stage),
+    using Weights = WeightTile<X, P, S, kStep<P>, kBlock>;
+    const auto multiply = [&](const T* gradient, int step) {
+      hidden_gradient.template multiply<true, false>(gradient, kStepPitch<P>, up_at(step),
                                                      kBlockPitch<P>, kStep<P>, columns);
     };
-    // All stages but one are on their way while one is multiplied.
+    // Two steps are on their way while one is multiplied.
     const auto run = [&](auto&& bring_step, auto&& make_operands) {
-      if (block > 0 || !early) {
-#pragma unroll 1
-        for (int step = 0; step < ahead; ++step) {
-          if (step < steps) bring_step(step, step);
-          copy_async_commit();
-        }
-      }
-      int stage = 0;
+      bring_step(0);
+      copy_async_commit();
+      if (steps > 1) bring_step(1);
+      copy_async_commit();
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        if (params.stages == BackwardParams::kStages) {
-          copy_async_wait<BackwardParams::kStages - 2>();
-        } else {
-          copy_async_wait<BackwardParams::kManyStages - 2>();
-        }
-        const T* gradient = make_operands(step, stage);
+        copy_async_wait<1>();
+        const T* gradient = make_operands(step);
         __syncthreads();
-        if (step + ahead < steps) bring_step(step + ahead, stage == 0 ? ahead : stage - 1);
+        if (step + 2 < steps) bring_step(step + 2);
         copy_async_commit();
-        multiply(gradient, stage);
-        stage = stage == ahead ? 0 : stage + 1;
+        multiply(gradient, step);
       }
     };
     if constexpr (std::is_same_v<X, T>) {
       if (params.plain) {
-        const int begin = block > 0 ? 0 : ahead * kStep<P>;  // `plain` is early
-        Weights up_piece(tile.up(), begin, block * kBlock);
+        Weights up_piece(tile.up(), 0, block * kBlock);
         const X* from[Part::kCount];
         const Part part;
         bool there[Part::kCount];
 #pragma unroll
         for (int v = 0; v < Part::kCount; ++v) {
           there[v] = part.any() && part.row(v) < count;
-          from[v] =
-              grad_y + (there[v] ? tile.row()[part.row(v)] * width + part.column() + begin : 0);
+          from[v] = grad_y + (there[v] ? tile.row()[part.row(v)] * width + part.column() : 0);
         }
         run(
-            [&](int, int stage) {
-              up_piece.fill(up_at(stage), kBlockPitch<P>, tile.rounding);
+            [&](int step) {
+              up_piece.fill(up_at(step), kBlockPitch<P>, tile.rounding);
               up_piece.move(kStep<P>, 0);
-              X* to = part_at(stage, 0);
+              X* to = part_at(step);
 #pragma unroll
               for (int v = 0; v < Part::kCount; ++v) {
                 if (part.any()) {
@@ -469,15 +441,21 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
                 if (there[v]) from[v] += kStep<P>;
               }
             },
-            [&](int, int stage) { return part_at(stage, 0); });
+            [&](int step) { return part_at(step); });
       }
     }
     if (!params.plain) {
       const Gradient output_gradient(params, tile.adapter);
       UpProduct<X, P, S> up(tile, activated, padded);
       if (wants_out(b)) up.start(0, params.column_blocks);
-      run([&](int step, int stage) { bring_step(block, step, stage); },
-          [&](int step, int stage) {
+      run(
+          [&](int step) {
+            Weights(tile.up(), step * kStep<P>, block * kBlock)
+                .fill(up_at(step), kBlockPitch<P>, tile.rounding);
+            bring<Part>(part_at(step), part_pitch, grad_y, tile.row(), count, step * kStep<P>,
+                        width, aligned);
+          },
+          [&](int step) {
             const int column = step * kStep<P>;
             if (wants_out(b) && column % kBlock == 0) {
               Product<P, S> out;
@@ -492,7 +470,7 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
               const int i = part.row(v);
               typename Gradient::template Values<kVector<X>> values;
               output_gradient.get(
-                  tile, i, column + part.column(), part_at(stage, step) + part.at(v, part_pitch),
+                  tile, i, column + part.column(), part_at(step) + part.at(v, part_pitch),
                   tile.sums() + i * kSumPitch<C> + column % kBlock + part.column(), values);
               if (!tile.pre) {
                 Gradient::through_norm(values, tile.rstd()[i], row_mean[i], row_product[i]);
@@ -506,47 +484,34 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
             return static_cast<const T*>(gradient);
           });
     }
-    const int j = block * kBlock + own_column();
-    const bool whole = b.hidden_stride % n == 0;
-    // What the rows need is on its way together.
-    C hidden[vectors * n], slope[vectors * n];
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-      C h[n];
-      load_hidden(own_row() + v * down, j, h);
-#pragma unroll
-      for (int e = 0; e < n; ++e) hidden[v * n + e] = h[e];
-    }
-    C weight_vector[n] = {}, bias_vector[n] = {};  // down γ and down β
-    if (tile.pre) {
-      const C* from = static_cast<const C*>(params.vectors) + 2 * segment.adapter * b.hidden_stride;
-      load(weight_vector, from + j, r - j, whole);
-      load(bias_vector, from + b.hidden_stride + j, r - j, whole);
-    }
     copy_async_wait<0>();
     C* const sums = shared_at<C>(params.hidden_sums);
     __syncthreads();  // they have the place of operands
     hidden_gradient.template store<Space::kShared>(sums, kSumPitch<C>);
-    derivatives(b.activation, hidden, slope);
     __syncthreads();
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-      const int i = own_row() + v * down;
+    const int j = block * kBlock + own_column();
+    const bool whole = b.hidden_stride % n == 0;
+#pragma unroll 1
+    for (int i = own_row(); i < rows; i += down) {
       const bool is_active = i < count && tile.active()[i];
-      C dh[n], sum[n];
+      C h[n], dh[n], sum[n];
+      load_hidden(i, j, h);
+      derivatives(b.activation, h, dh);
       load_aligned(sum, sums + i * kSumPitch<C> + own_column());
 #pragma unroll
-      for (int e = 0; e < n; ++e) {
-        dh[e] = is_active && j + e < r ? slope[v * n + e] * sum[e] : C(0);
-      }
+      for (int e = 0; e < n; ++e) dh[e] = is_active && j + e < r ? dh[e] * sum[e] : C(0);
       store_vector(static_cast<T*>(params.hidden_gradients) + first * padded, i, j, dh);
       if (!tile.pre) continue;
       // Over a row's elements in one order, whatever the tile.
+      const C* from = static_cast<const C*>(params.vectors) + 2 * segment.adapter * b.hidden_stride;
+      C weight_vector[n], bias_vector[n];  // down γ and down β
+      load(weight_vector, from + j, r - j, whole);
+      load(bias_vector, from + b.hidden_stride + j, r - j, whole);
       C mean_part = 0, product_part = 0;
 #pragma unroll
       for (int e = 0; e < n; ++e) {
         mean_part += dh[e] * weight_vector[e];
-        product_part += dh[e] * (hidden[v * n + e] - bias_vector[e]);
+        product_part += dh[e] * (h[e] - bias_vector[e]);
       }
       mean_part = sum_over_lanes<across>(mean_part);
       product_part = sum_over_lanes<across>(product_part);
@@ -1328,17 +1293,10 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
   constexpr int64_t rows = S::kRows;
   using T = typename P::Operand;
   using C = typename P::Sum;
-  const LinearAdapterBackward& b = call.problem;
-  params.parts = Parts::make(b, rows, false);
-  // Few small blocks have the room to wait less.
-  params.stages = rows == SmallTile::kRows && params.plain &&
-                          params.parts.blocks <= 2 * int64_t{call.limits.multiprocessors}
-                      ? BackwardParams::kManyStages
-                      : BackwardParams::kStages;
+  constexpr int64_t kStages = BackwardParams::kStages;
   // Post: dy is also brought in tiles of the second product's width.
-  const int64_t part_pitch = params.plain
-                                 ? kPartPitch<X, kStep<P>>
-                                 : std::max(kPartPitch<X, kStep<P>>, kPartPitch<X, kBlock>);
+  constexpr int64_t part_pitch = std::max(kPartPitch<X, kStep<P>>, kPartPitch<X, kBlock>);
+  const LinearAdapterBackward& b = call.problem;
   ColumnLayout& layout = params.layout;
   layout = {};
   SharedRoom room;
@@ -1346,7 +1304,7 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
     // Room beside the buffers of the second product.
     const int64_t own = rows * (2 * kStepPitch<P> * sizeof(T) +
                                 kPartStages<X, P> * part_pitch * sizeof(X) + 2 * sizeof(C)) +
-                        params.stages * kStep<P> * kBlockPitch<P> * sizeof(T) + 16 * 128;
+                        kStages * kStep<P> * kBlockPitch<P> * sizeof(T) + 16 * 128;
     layout.rows = shared_layout<X, P, S>(b, call.limits.shared_memory - own);
     room = SharedRoom(layout.rows.bytes);
   } else {
@@ -1356,9 +1314,8 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
   layout.row_product = room.take<C>(rows);
   SharedRoom sums = room;
   params.hidden_sums = sums.take<C>(rows * kSumPitch<C>);
-  const int part_stages = params.plain ? params.stages : kPartStages<X, P>;
-  for (int i = 0; i < params.stages; ++i) {
-    if (i < part_stages) params.gradient_part[i] = room.take<X>(rows * part_pitch);
+  for (int i = 0; i < kStages; ++i) {
+    if (i < kPartStages<X, P>) params.gradient_part[i] = room.take<X>(rows * part_pitch);
     params.up[i] = room.take<T>(kStep<P> * kBlockPitch<P>);
   }
   if (!params.plain) {
@@ -1366,6 +1323,7 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
   }
   room = SharedRoom(std::max(room.bytes(), sums.bytes()));
   if (room.bytes() > call.limits.shared_memory) return false;
+  params.parts = Parts::make(b, rows, false);
   launch("linear_adapter_backward: rows", &backward_rows_kernel<X, P, S>, params.parts.blocks,
          S::kThreads, room.bytes(), call.stream, params);
   return true;

@@ -236,7 +236,7 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
     if (i < count && j < stride) {
       const C* from = static_cast<const C*>(params.partials) + (chunks - 1) * chunk_step +
                       (first + i) * stride + j;
-#pragma unroll 8
+#pragma unroll 4
       for (int chunk = chunks - 1; chunk >= 0; --chunk, from -= chunk_step) {
         C of_chunk[n];
         load_aligned(of_chunk, from);
@@ -353,9 +353,6 @@ void forward_parts(const ForwardCall& call, ForwardParams& params) {
 template <class X, class P, class S>
 void forward_whole(const ForwardCall& call, ForwardParams& params) {
   const LinearAdapterForward& f = call.problem;
-  if (parts_layout<X, P, S>(f, call.limits.shared_memory, false, params.layout)) {
-    return forward_parts<X, P, S>(call, params);
-  }
   // Two blocks of a multiprocessor, so that one computes while the other waits. Large tiles that do
   // not fit then have one to themselves, with more of x, which otherwise is read again from memory.
   const int64_t reserved = 1024;  // by CUDA, for each block
@@ -378,6 +375,35 @@ void forward_whole(const ForwardCall& call, ForwardParams& params) {
          call.stream, params);
 }
 
+// Which kernels run. Small and large: tiles of 16 and of 64 rows, by one kernel; split: of 16, by
+// two.
+enum class Tiling { kSplit, kSmall, kSmallParts, kLarge, kLargeParts };
+
+// A tile takes a kernel nearly as long as one for each multiprocessor: until then tiles are small,
+// then large. With few tiles, wide rows and weights are better read by many multiprocessors. Where
+// exactly is measured: see docs/cuda.md.
+template <class X, class P>
+Tiling choose_tiling(const LinearAdapterForward& f, const Limits& limits, SharedLayout& layout) {
+  const int64_t tiles = f.rows / 16, processors = limits.multiprocessors;
+  const int64_t adapters = std::min(f.routing.adapters, f.rows);
+  const bool has_large = f.rows / std::max<int64_t>(adapters, 1) >= 48;
+  const int64_t memory = limits.shared_memory;
+  if (has_large && tiles > processors &&
+      parts_layout<X, P, LargestForwardTile<X>>(f, memory, false, layout)) {
+    return Tiling::kLargeParts;
+  }
+  if ((f.hidden_size <= 2048 || tiles >= processors / 8) &&
+      parts_layout<X, P, SmallTile>(f, memory, true, layout)) {
+    return Tiling::kSmallParts;
+  }
+  // Weights that are not copied as they are take small tiles longer.
+  const bool copies = sizeof(typename P::Operand) == size_of(f.weight_type);
+  if (has_large && tiles > (copies ? 2 * processors : processors * 7 / 8)) return Tiling::kLarge;
+  layout = shared_layout<X, P, SmallTile>(f, memory, kDownStages);
+  return tiles + adapters < processors && layout.activated_resident ? Tiling::kSplit
+                                                                    : Tiling::kSmall;
+}
+
 template <class X, class P>
 void Forward<X, P>::run(const ForwardCall& call) {
   using T = typename P::Operand;
@@ -386,15 +412,8 @@ void Forward<X, P>::run(const ForwardCall& call) {
   auto params = call.params<ForwardParams>();
   const int64_t processors = call.limits.multiprocessors;
   const int64_t tiles = f.rows / 16 + std::min(f.routing.adapters, f.rows);
-  const SharedLayout split_layout =
-      shared_layout<X, P, SmallTile>(f, call.limits.shared_memory, kDownStages);
-  const bool large = large_tiles(f, processors);
-  static const char* env = getenv("AE_PARTS");
-  static const int64_t env_tiles = env ? atoi(env) : 66;
-  const bool small_parts =
-      !large && tiles >= env_tiles &&
-      parts_layout<X, P, SmallTile>(f, call.limits.shared_memory, true, params.layout);
-  const bool split = !small_parts && tiles < 2 * processors && split_layout.activated_resident;
+  const Tiling tiling = choose_tiling<X, P>(f, call.limits, params.layout);
+  const bool split = tiling == Tiling::kSplit;
   params.order = ColumnOrder::make(f.hidden_size);
   const int64_t chunks = params.order.chunks;
   const int64_t column_blocks = (f.hidden_size + kBlock - 1) / kBlock;
@@ -412,10 +431,7 @@ void Forward<X, P>::run(const ForwardCall& call) {
     *call.bytes = workspace.bytes();
     return;
   }
-  if (small_parts) {
-    forward_parts<X, P, SmallTile>(call, params);
-  } else if (split) {
-    params.layout = split_layout;
+  if (split) {
     params.parts = Parts::make(f, 16, false);
     const auto launch_split = [&](const char* name, auto kernel, Begins begins) {
       launch(name, kernel, params.parts.blocks * params.splits, kThreads, params.layout.bytes,
@@ -441,7 +457,11 @@ void Forward<X, P>::run(const ForwardCall& call) {
       params.statistics = false;
     }
     launch_split("linear_adapter's second product", &forward_up_kernel<X, P>, Begins::kEarly);
-  } else if (large) {
+  } else if (tiling == Tiling::kLargeParts) {
+    forward_parts<X, P, LargestForwardTile<X>>(call, params);
+  } else if (tiling == Tiling::kSmallParts) {
+    forward_parts<X, P, SmallTile>(call, params);
+  } else if (tiling == Tiling::kLarge) {
     forward_whole<X, P, LargestForwardTile<X>>(call, params);
   } else {
     forward_whole<X, P, SmallTile>(call, params);
