@@ -7,6 +7,7 @@ All op tests run on them with ``pytest --backend simt`` (or ``simt-race``, ``sim
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -287,26 +288,28 @@ def test_ids_out_of_range_fail_an_assertion(request: pytest.FixtureRequest) -> N
 def test_a_row_has_the_same_bits_on_any_number_of_multiprocessors(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decode kernels, whole tiles of 16 rows and of 64 agree."""
-    for dtype in DTYPES:
-        for norm_position in ("pre", "post"):
-            case = Case(
-                shape=(70, 600),
-                bottlenecks=(20,),
-                dtype=dtype,
-                options={"norm_position": norm_position},
-            )
-            call = case.build()
-            outputs = []
-            for multiprocessors, rows in ((100, 70), (4, 70), (1, 70), (100, 1)):
-                simulator = _simulator(request, multiprocessors)
-                monkeypatch.setattr(ops, "_inference", plugin.simulated_ops()["_inference"])
-                with torch.no_grad():
-                    some = dataclasses.replace(call, x=call.x[:rows], routing=None)
-                    outputs.append(some.forward()[0])
-                assert simulator.errors() is None
-            for other in outputs[1:]:
-                assert torch.equal(outputs[0][: len(other)], other), (dtype, norm_position)
+    """Decode kernels, whole tiles of 16 rows and of 64 agree, and those by parts of wide rows."""
+    for dtype, norm_position, hidden_size, bottleneck, shared_kib in (
+        *itertools.product(DTYPES, ("pre", "post"), (600,), (20,), (99,)),
+        *itertools.product(DTYPES[2:], ("pre",), (2176,), (8,), (227,)),
+    ):
+        case = Case(
+            shape=(70, hidden_size),
+            bottlenecks=(bottleneck,),
+            dtype=dtype,
+            options={"norm_position": norm_position},
+        )
+        call = case.build()
+        outputs = []
+        for multiprocessors, rows in ((100, 70), (4, 70), (1, 70), (100, 1)):
+            simulator = _simulator(request, multiprocessors, shared_kib)
+            monkeypatch.setattr(ops, "_inference", plugin.simulated_ops()["_inference"])
+            with torch.no_grad():
+                some = dataclasses.replace(call, x=call.x[:rows], routing=None)
+                outputs.append(some.forward()[0])
+            assert simulator.errors() is None
+        for other in outputs[1:]:
+            assert torch.equal(outputs[0][: len(other)], other), case
 
 
 def test_too_wide(request: pytest.FixtureRequest) -> None:

@@ -923,6 +923,7 @@ __global__ __launch_bounds__(
       bring_tile(tile_at(0), 0);
     }
     copy_async_commit();
+    int64_t next_row = tile_at(rows).find_row(depth);
     for (int done = 0; range().first + done < range().end; done += rows) {
       const Tile tile = tile_at(done);
       const int count = tile.count;
@@ -942,9 +943,10 @@ __global__ __launch_bounds__(
         bring_tile(tile, 0);
         copy_async_commit();
       }
-      tile_at(done + rows).find_rows(depth);
+      tile_at(done + rows).keep_row(depth, next_row);
       copy_async_wait<0>();
       __syncthreads();
+      next_row = tile_at(done + 2 * rows).find_row(depth);
       if (const Tile next = tile_at(done + rows); layout.stages > 1 && next.count > 0) {
         bring_tile(next, stage ^ 1);  // on its way while this one is worked on
         copy_async_commit();
@@ -1363,7 +1365,11 @@ void Backward<X, P>::run(const BackwardCall& call) {
     launch("linear_adapter_backward: vectors", &vectors_kernel<X, C>, adapters * groups, kThreads,
            0, call.stream, params);
   }
-  const bool done = large_tiles(b, processors) && backward_rows<X, P, LargestTile<X>>(call, params);
+  // Tiles of 64 rows read weights a quarter as often as those of 16, but are fewer.
+  const bool multiplies_and_adds = std::is_same_v<P, MultiplyAdd<C>>;
+  const bool large = b.rows / 64 >= (multiplies_and_adds ? processors : processors * 2 / 3) &&
+                     b.rows / std::max<int64_t>(adapters, 1) >= 48;
+  const bool done = large && backward_rows<X, P, LargestTile<X>>(call, params);
   if (!done) backward_rows<X, P, SmallTile>(call, params);
   if (adapters == 0) return;
 

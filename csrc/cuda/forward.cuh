@@ -379,29 +379,28 @@ void forward_whole(const ForwardCall& call, ForwardParams& params) {
 // two.
 enum class Tiling { kSplit, kSmall, kSmallParts, kLarge, kLargeParts };
 
-// A tile takes a kernel nearly as long as one for each multiprocessor: until then tiles are small,
-// then large. With few tiles, wide rows and weights are better read by many multiprocessors. Where
-// exactly is measured: see docs/cuda.md.
+// One tile takes a kernel nearly as long as one for each multiprocessor: until there are so many,
+// tiles are small. Of very few tiles the columns are shared out, too. Where exactly which is faster
+// was measured on an H200.
 template <class X, class P>
 Tiling choose_tiling(const LinearAdapterForward& f, const Limits& limits, SharedLayout& layout) {
   const int64_t tiles = f.rows / 16, processors = limits.multiprocessors;
-  const int64_t adapters = std::min(f.routing.adapters, f.rows);
-  const bool has_large = f.rows / std::max<int64_t>(adapters, 1) >= 48;
   const int64_t memory = limits.shared_memory;
-  if (has_large && tiles > processors &&
+  const bool fills_large = f.rows / std::max<int64_t>(f.routing.adapters, 1) >= 48;
+  if (fills_large && tiles > processors &&
       parts_layout<X, P, LargestForwardTile<X>>(f, memory, false, layout)) {
     return Tiling::kLargeParts;
   }
-  if ((f.hidden_size <= 2048 || tiles >= processors / 8) &&
+  if (tiles >= processors / (f.hidden_size <= 2048 ? 16 : 6) &&
       parts_layout<X, P, SmallTile>(f, memory, true, layout)) {
     return Tiling::kSmallParts;
   }
   // Weights that are not copied as they are take small tiles longer.
   const bool copies = sizeof(typename P::Operand) == size_of(f.weight_type);
-  if (has_large && tiles > (copies ? 2 * processors : processors * 7 / 8)) return Tiling::kLarge;
+  if (fills_large && tiles > (copies ? 2 * processors : processors * 7 / 8)) return Tiling::kLarge;
   layout = shared_layout<X, P, SmallTile>(f, memory, kDownStages);
-  return tiles + adapters < processors && layout.activated_resident ? Tiling::kSplit
-                                                                    : Tiling::kSmall;
+  const bool few = tiles + std::min(f.routing.adapters, f.rows) < processors * 9 / 8;
+  return few && layout.activated_resident ? Tiling::kSplit : Tiling::kSmall;
 }
 
 template <class X, class P>

@@ -37,11 +37,4 @@ using LargestTile = std::conditional_t<sizeof(X) < 8, LargeTile, SmallTile>;
 template <class X>
 using LargestForwardTile = std::conditional_t<sizeof(X) < 8, Shape<64, 512>, SmallTile>;
 
-// Whether tiles are of 64 rows, which read weights a quarter as often as those of 16, but are
-// fewer.
-inline bool large_tiles(const LinearAdapterProblem& problem, int64_t multiprocessors) {
-  const int64_t adapters = std::max<int64_t>(problem.routing.adapters, 1);
-  return problem.rows / 64 >= multiprocessors && problem.rows / adapters >= 48;
-}
-
 }  // namespace adapter_ext::cuda
