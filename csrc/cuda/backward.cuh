@@ -923,7 +923,6 @@ __global__ __launch_bounds__(
       bring_tile(tile_at(0), 0);
     }
     copy_async_commit();
-    int64_t next_row = tile_at(rows).find_row(depth);
     for (int done = 0; range().first + done < range().end; done += rows) {
       const Tile tile = tile_at(done);
       const int count = tile.count;
@@ -943,10 +942,9 @@ __global__ __launch_bounds__(
         bring_tile(tile, 0);
         copy_async_commit();
       }
-      tile_at(done + rows).keep_row(depth, next_row);
+      tile_at(done + rows).find_rows(depth);
       copy_async_wait<0>();
       __syncthreads();
-      next_row = tile_at(done + 2 * rows).find_row(depth);
       if (const Tile next = tile_at(done + rows); layout.stages > 1 && next.count > 0) {
         bring_tile(next, stage ^ 1);  // on its way while this one is worked on
         copy_async_commit();

@@ -109,10 +109,13 @@ __global__ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void 
   }
 }
 
-// The same by parts of the columns.
+// The same by parts of the columns. Where shared memory has room for one large tile alone, it has
+// for two small ones at most.
+template <class S>
+inline constexpr int kPartsResident =
+    kOneLargeTile && S::kRows == SmallTile::kRows ? 2 : kResident<S, float>;
 template <class X, class P, class S>
-__global__
-__launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void forward_parts_kernel(
+__global__ __launch_bounds__(S::kThreads, (kPartsResident<S>)) void forward_parts_kernel(
     const __grid_constant__ ForwardParams params) {
   using Tile = ForwardTile<X, P, S>;
   const Depth depth{params.problem, params.depth, params.sample_rows};

@@ -254,16 +254,9 @@ class RowTile {
 
   // Finds the rows; others may read `row` and `active` after a barrier.
   __device__ __forceinline__ void find_rows(const Depth& depth) const {
-    keep_row(depth, find_row(depth));
-  }
-  // The same in two steps, between which something else can be done: a thread's row, if it has one.
-  __device__ __forceinline__ int64_t find_row(const Depth& depth) const {
-    const int i = thread_index();
-    return i < count && i < S::kRows ? row_at(p.routing, depth.sample_rows, first + i) : 0;
-  }
-  __device__ __forceinline__ void keep_row(const Depth& depth, int64_t found) const {
     const int i = thread_index();
     if (i >= S::kRows) return;
+    const int64_t found = i < count ? row_at(p.routing, depth.sample_rows, first + i) : 0;
     row()[i] = found;
     active()[i] = i < count && depth.keeps_row(found);
   }
