@@ -55,7 +55,8 @@ WRITES_ROWS = (
 )
 # Threads of a multiprocessor that the kernels with products must have registers for: two blocks of
 # 256, or four of 128. Half of that for float64, or where shared memory has room for one block of
-# 256. kResident in csrc/cuda asks nvcc for it.
+# 256, and of small tiles by parts for two of 128 at most. kResident and kPartsResident in csrc/cuda
+# ask nvcc for it.
 LEAST_THREADS, HALF_OF_THEM = 512, 256
 ONE_LARGE_TILE = 120  # architectures from this one on
 
@@ -284,7 +285,10 @@ def problems(kernel: Kernel, launch: Launch | None) -> list[str]:
     elif kernel.function in PRODUCTS:
         machine = MACHINES[kernel.arch]
         threads = kernel.blocks_by_registers(launch.threads, machine) * launch.threads
-        alone = kernel.arch >= ONE_LARGE_TILE and launch.threads == HALF_OF_THEM
+        few = launch.threads == HALF_OF_THEM or (
+            kernel.function == "forward_parts_kernel" and launch.threads < HALF_OF_THEM
+        )
+        alone = kernel.arch >= ONE_LARGE_TILE and few
         least = HALF_OF_THEM if alone or kernel.types == "fp64" else LEAST_THREADS
         if threads < least:
             wrong.append(f"{kernel.registers} registers are for {threads} threads, not {least}")

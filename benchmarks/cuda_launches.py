@@ -27,9 +27,9 @@ from simt import build  # noqa: E402
 HIDDEN_SIZE = 1024
 BOTTLENECK = 64
 # Rows, their width, adapters, and whether there is an auxiliary loss: decode; tiles of 16 rows, by
-# parts where that can be done, and all else; tiles of 64; more adapters than launch parameters hold,
-# and many more; rows that are narrow enough for forward_parts_kernel where there is little shared
-# memory. What a later call launches too is as in the first one.
+# parts where that can be done, and all else; tiles of 64; more adapters than launch parameters
+# hold, and many more; rows that are narrow enough for forward_parts_kernel where there is little
+# shared memory. What a later call launches too is as in the first one.
 CALLS = (
     (64, HIDDEN_SIZE, 1, False),
     (2048, HIDDEN_SIZE, 64, False),
