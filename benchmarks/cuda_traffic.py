@@ -170,12 +170,6 @@ EXEMPTIONS = (
         ),
     ),
     Exemption(
-        "two kernels, which are for fewer rows than the targets ask for: sums of 256 columns",
-        DRAM,
-        1.17,
-        lambda case: case.mode == "forward" and case.dtype == "fp32" and case.rows <= 128,
-    ),
-    Exemption(
         "sums of 128 columns, so that rows of 512 have four parts",
         DRAM,
         1.41,
