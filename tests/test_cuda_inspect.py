@@ -209,6 +209,22 @@ def test_what_is_refused(kernel: Kernel, launch: Launch | None, reason: str) -> 
     assert problem.startswith(f"{kernel.name}, sm_80: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("name", "arch", "refused"),
+    [
+        ("forward_parts_kernel", 120, False),  # shared memory has room for two blocks at most
+        ("forward_parts_kernel", 90, True),
+        ("backward_rows_kernel", 120, True),
+    ],
+)
+def test_registers_of_small_tiles(name: str, arch: int, refused: bool) -> None:
+    kernel = dataclasses.replace(
+        renamed(ROWS, "backward_rows_kernel", name), registers=156, arch=arch
+    )
+    problems = cuda_inspect.problems(kernel, Launch(128, 0))
+    assert any("156 registers are for 384 threads" in problem for problem in problems) == refused
+
+
 def test_table_and_what_differs_from_it() -> None:
     hopper = dataclasses.replace(ROWS, arch=90, registers=100)
     kernels = [ROWS, hopper]

@@ -389,7 +389,7 @@ template <class X, class P>
 Tiling choose_tiling(const LinearAdapterForward& f, const Limits& limits, SharedLayout& layout) {
   const int64_t tiles = f.rows / 16, processors = limits.multiprocessors;
   const int64_t memory = limits.shared_memory;
-  const bool fills_large = f.rows / std::max<int64_t>(f.routing.adapters, 1) >= 48;
+  const bool fills_large = fills_large_tiles(f);
   if (fills_large && tiles > processors &&
       parts_layout<X, P, LargestForwardTile<X>>(f, memory, false, layout)) {
     return Tiling::kLargeParts;

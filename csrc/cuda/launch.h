@@ -37,4 +37,9 @@ using LargestTile = std::conditional_t<sizeof(X) < 8, LargeTile, SmallTile>;
 template <class X>
 using LargestForwardTile = std::conditional_t<sizeof(X) < 8, Shape<64, 512>, SmallTile>;
 
+// Whether adapters have rows for tiles of 64, on average.
+inline bool fills_large_tiles(const LinearAdapterProblem& problem) {
+  return problem.rows / std::max<int64_t>(problem.routing.adapters, 1) >= 48;
+}
+
 }  // namespace adapter_ext::cuda
