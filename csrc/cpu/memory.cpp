@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -15,6 +16,9 @@ namespace adapter_ext::cpu {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 namespace {
 
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack
+
 // Whether an address has a page already; not so what is allocated and was never written.
 bool has_page(uintptr_t address) {
   const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -23,51 +27,85 @@ bool has_page(uintptr_t address) {
          (state & 1) != 0;
 }
 
-}  // namespace
+// Advice to the system; where it does not take it, faults bring the pages.
+void advise(const Memory& memory, int advice) {
+  static_cast<void>(madvise(memory.begin, static_cast<size_t>(memory.bytes), advice));
+}
 
-void prepare(const std::vector<Memory>& results, [[maybe_unused]] const Parallel& parallel) {
-  constexpr int64_t many_bytes = 32 << 20;  // from here on the C library's memory is always new
-  constexpr int64_t few_bytes = 256 << 10;
-  const auto small_page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  std::vector<Memory> missing;
-  int64_t missing_bytes = 0;
-  for (const auto& [memory, bytes] : results) {
-    if (bytes < few_bytes) continue;
-    const bool many = bytes >= many_bytes;
-    const auto page = many ? uintptr_t{2} << 20 : small_page;
-    const auto address = reinterpret_cast<uintptr_t>(memory);
-    const uintptr_t begin = (address + page - 1) / page * page;
-    const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / page * page;
-    if (has_page(begin + (end - begin) / 2)) continue;
-    const Memory whole = {reinterpret_cast<void*>(begin), static_cast<int64_t>(end - begin)};
-    // This and what follows are advice: where the system does not take it, faults bring pages.
-    if (many) {
-      static_cast<void>(madvise(whole.begin, end - begin, MADV_HUGEPAGE));
-    } else {
-      missing.push_back(whole);
-      missing_bytes += whole.bytes;
+// Memory of whole pages of `page` bytes.
+struct NewMemory {
+  std::vector<Memory> pieces;
+  int64_t page;
+  int64_t bytes = 0;
+
+  // Adds the whole pages of a result that has none yet.
+  void add(const Memory& result) {
+    const auto size = static_cast<uintptr_t>(page);
+    const auto address = reinterpret_cast<uintptr_t>(result.begin);
+    const uintptr_t begin = (address + size - 1) / size * size;
+    const uintptr_t end = (address + static_cast<uintptr_t>(result.bytes)) / size * size;
+    if (begin >= end || has_page(begin + (end - begin) / 2)) return;
+    pieces.push_back({reinterpret_cast<void*>(begin), static_cast<int64_t>(end - begin)});
+    bytes += pieces.back().bytes;
+  }
+
+  // Calls with the parts of a task's share, one of `tasks` about equal ones.
+  template <class Function>
+  void share(int64_t task, int64_t tasks, Function&& function) const {
+    const int64_t first = bytes / page * task / tasks * page;
+    const int64_t last = bytes / page * (task + 1) / tasks * page;
+    int64_t before = 0;
+    for (const Memory& piece : pieces) {
+      const int64_t begin = std::clamp<int64_t>(first - before, 0, piece.bytes);
+      const int64_t end = std::clamp<int64_t>(last - before, 0, piece.bytes);
+      if (begin < end) function(Memory{static_cast<char*>(piece.begin) + begin, end - begin});
+      before += piece.bytes;
     }
   }
-#if defined(MADV_POPULATE_WRITE)
-  constexpr int64_t worthwhile = 1 << 20;  // entering tasks takes time too
-  if (missing_bytes < worthwhile) return;
-  parallel(parallel.threads, [&](int64_t task) {
-    const auto size = static_cast<int64_t>(small_page);
-    const auto bound = [&](int64_t tasks) {
-      return missing_bytes / size * tasks / parallel.threads * size;
-    };
-    int64_t before = 0;
-    for (const auto& [memory, bytes] : missing) {
-      const int64_t begin = std::clamp<int64_t>(bound(task) - before, 0, bytes);
-      const int64_t end = std::clamp<int64_t>(bound(task + 1) - before, 0, bytes);
-      if (begin < end) {
-        static_cast<void>(madvise(static_cast<char*>(memory) + begin,
-                                  static_cast<size_t>(end - begin), MADV_POPULATE_WRITE));
-      }
-      before += bytes;
+};
+
+// Gets huge pages as long as they come quickly, else small ones. The page of 2 MiB takes a fifth of
+// a millisecond, as 512 small ones half of one; but several milliseconds where a hypervisor has
+// taken back what its guest had free, or where the system has to move others' pages first.
+void populate_huge(const Memory& memory) {
+  using Clock = std::chrono::steady_clock;
+  constexpr auto slow = std::chrono::milliseconds(1);
+  for (int64_t done = 0; done < memory.bytes;) {
+    char* const begin = static_cast<char*>(memory.begin) + done;
+    const auto start = Clock::now();
+    advise({begin, kHugePage}, kPopulateWrite);
+    done += kHugePage;
+    if (Clock::now() - start > slow && done < memory.bytes) {
+      const Memory rest = {begin + kHugePage, memory.bytes - done};
+      advise(rest, MADV_NOHUGEPAGE);
+      advise(rest, kPopulateWrite);
+      return;
     }
+  }
+}
+
+}  // namespace
+
+void prepare(const std::vector<Memory>& results, const Parallel& parallel) {
+  constexpr int64_t many_bytes = 32 << 20;  // from here on the C library's memory is always new
+  constexpr int64_t few_bytes = 256 << 10;
+  constexpr int64_t worthwhile = 1 << 20;  // entering tasks takes time too
+  NewMemory huge{{}, kHugePage};
+  NewMemory small{{}, sysconf(_SC_PAGESIZE)};
+  for (const Memory& result : results) {
+    if (result.bytes >= many_bytes) {
+      huge.add(result);
+    } else if (result.bytes >= few_bytes) {
+      small.add(result);
+    }
+  }
+  if (huge.bytes + small.bytes < worthwhile) return;
+  for (const Memory& piece : huge.pieces) advise(piece, MADV_HUGEPAGE);
+  parallel(parallel.threads, [&](int64_t task) {
+    huge.share(task, parallel.threads, populate_huge);
+    small.share(task, parallel.threads,
+                [](const Memory& memory) { advise(memory, kPopulateWrite); });
   });
-#endif
 }
 #else
 void prepare(const std::vector<Memory>&, const Parallel&) {}

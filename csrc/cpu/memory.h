@@ -9,8 +9,8 @@
 namespace adapter_ext::cpu {
 
 // Prepares the memory of results, where it is new. A fault for each 4 KiB can take longer than the
-// kernels: for a result of so much that it is always new, huge pages are asked for, whose faults
-// are few; for others all threads ask for pages, many at a time. No page reaches beyond a result.
+// kernels: all threads ask for pages, many at a time; for a result of so much that it is always new
+// huge ones, as long as the system has them at hand. No page reaches beyond a result.
 void prepare(const std::vector<Memory>& results, const Parallel& parallel);
 
 // Three buffers of the calling thread, by slot, 64-byte aligned, at least `bytes` long. They are
