@@ -29,7 +29,7 @@ SLOW_HUGE_PAGES = """
 #include <unistd.h>
 int madvise(void* address, size_t bytes, int advice) {
   const int populate_write = 23;
-  if (advice == populate_write && bytes == 2 << 20) usleep(2000);
+  if (advice == populate_write && bytes == 2 << 20) usleep(40000);
   return (int)syscall(SYS_madvise, address, bytes, advice);
 }
 """
@@ -71,7 +71,7 @@ def test_none_are_asked_for_small_results() -> None:
 
 
 def results_by_slow_pages() -> None:
-    """What the test below runs in a process in which each huge page takes 2 ms."""
+    """What the test below runs in a process in which each huge page takes 40 ms."""
     torch.set_num_threads(1)
     x = torch.randn(9000, 1024)
     weights = make_weights([3], 1024)
