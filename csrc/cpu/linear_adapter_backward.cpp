@@ -20,11 +20,14 @@ inline namespace ADAPTER_EXT_CPU_LEVEL {
 namespace {
 
 // A matrix with a row for each active row, which the first pass makes for the second. It is a left
-// operand, and so is its transpose for the sums over rows.
+// operand, and so is its transpose for the sums over rows. Where a step has one element, both are
+// the same memory. Where it has two, the transpose is one of pairs of rows: [pairs, columns], whose
+// elements are steps; tiles want those of a column together, [columns, pairs].
 template <class C, class Product>
 class RowMatrix {
  public:
   static constexpr bool kPairs = Product::kElements > 1;
+  static constexpr bool kTiles = Product::kStepGroup > 1;
   // Rows summed at a time: a multiple of every register tile and group of steps. Products of pairs
   // are so fast that their sums would be loaded and stored too often with few.
   static constexpr int64_t kRows = kPairs ? 192 : 96;
@@ -51,16 +54,22 @@ class RowMatrix {
     return {row(segment, first), stride_, 1};
   }
 
-  // The rows from the first on, as k of a right operand.
+  // The kRows rows from the first on, as k of a right operand.
   RightOperand<C> right(const Segment& segment, int64_t first) const {
-    static_assert(!kPairs);
-    return {row(segment, first), kPanel<C>, stride_};
+    static_assert(!kTiles);
+    if constexpr (!kPairs) {
+      return {row(segment, first), kPanel<C>, stride_};
+    } else {
+      return {block(segment, first), kPanel<C>, columns_};
+    }
   }
 
   // The transpose of the kRows rows from the first on.
   LeftOperand<C> transposed(const Segment& segment, int64_t first) const {
     if constexpr (!kPairs) {
       return {row(segment, first), 1, stride_};
+    } else if constexpr (!kTiles) {
+      return {block(segment, first), 1, columns_};
     } else {
       return {block(segment, first), block_steps(segment, first), 1};
     }
@@ -76,43 +85,73 @@ class RowMatrix {
     }
   }
 
-  // Sets the transpose of some rows: where elements are paired in steps, it is a matrix of its own.
+  // Sets the transpose of some rows, where it is a matrix of its own.
   void set_transposed(const Segment& segment, int64_t first, int64_t count, int64_t columns,
                       const C* from, int64_t from_stride) {
-    if constexpr (kPairs) {
-      constexpr int lanes = kLanes<C>;
-      int64_t part;
-      for (int64_t i = first; i < first + count; i += part) {
-        const int64_t in_block = i % kRows;
-        part = std::min({int64_t{lanes}, first + count - i, kRows - in_block});
-        for (int64_t j = 0; j < columns; j += lanes) {
-          Vector<C> square[lanes] = {};
-          for (int64_t lane = 0; lane < part; ++lane) {
-            square[lane] = load<C>(from + (i - first + lane) * from_stride + j);
-          }
-          transpose<C>(square);
-          const int64_t wanted = std::min<int64_t>(lanes, columns - j);
-          for (int64_t lane = 0; lane < wanted; ++lane) {
-            C* to = block(segment, i - in_block) + (j + lane) * block_steps(segment, i - in_block);
-            Product::store(to, in_block, square[lane], PartialVector{part});
-          }
-        }
-      }
-      if (first + count == segment.rows) {
-        const int64_t start = (segment.rows - 1) / kRows * kRows;
-        for (int64_t j = 0; j < columns; ++j) {
-          pad_row<C, Product>(block(segment, start) + j * block_steps(segment, start),
-                              segment.rows - start);
-        }
-      }
+    if constexpr (kTiles) {
+      set_tiles(segment, first, count, columns, from, from_stride);
+    } else if constexpr (kPairs) {
+      set_pairs(segment, first, count, columns, from, from_stride);
     }
   }
 
  private:
   static constexpr int64_t kMostTileRows = 16;
 
+  // Another task may set the other row of a pair.
+  void set_pairs(const Segment& segment, int64_t first, int64_t count, int64_t columns,
+                 const C* from, int64_t from_stride) {
+    const int64_t end = first + count;
+    int64_t in_pair;
+    for (int64_t i = first; i < end; i += in_pair, from += in_pair * from_stride) {
+      in_pair = i % 2 == 0 && i + 1 < end ? 2 : 1;
+      C* to = block(segment, i);
+      const bool alone = i % 2 == 0 && i + 1 == segment.rows;
+      for_each_vector<C>(columns, [&](int64_t j, auto) {
+        const Vector<C> own = load<C>(from + j);
+        if (in_pair == 2) {
+          Product::store_step(to + j, {own, load<C>(from + from_stride + j)});
+        } else if (alone) {
+          Product::store_step(to + j, {own, Vector<C>{}});
+        } else {
+          Product::store_half_step(to + j, own, i % 2 == 1);
+        }
+      });
+    }
+  }
+
+  void set_tiles(const Segment& segment, int64_t first, int64_t count, int64_t columns,
+                 const C* from, int64_t from_stride) {
+    constexpr int lanes = kLanes<C>;
+    int64_t part;
+    for (int64_t i = first; i < first + count; i += part) {
+      const int64_t in_block = i % kRows;
+      part = std::min({int64_t{lanes}, first + count - i, kRows - in_block});
+      for (int64_t j = 0; j < columns; j += lanes) {
+        Vector<C> square[lanes] = {};
+        for (int64_t lane = 0; lane < part; ++lane) {
+          square[lane] = load<C>(from + (i - first + lane) * from_stride + j);
+        }
+        transpose<C>(square);
+        const int64_t wanted = std::min<int64_t>(lanes, columns - j);
+        for (int64_t lane = 0; lane < wanted; ++lane) {
+          C* to = block(segment, i - in_block) + (j + lane) * block_steps(segment, i - in_block);
+          Product::store(to, in_block, square[lane], PartialVector{part});
+        }
+      }
+    }
+    if (first + count == segment.rows) {
+      const int64_t start = (segment.rows - 1) / kRows * kRows;
+      for (int64_t j = 0; j < columns; ++j) {
+        pad_row<C, Product>(block(segment, start) + j * block_steps(segment, start),
+                            segment.rows - start);
+      }
+    }
+  }
+
   static int64_t stride(int64_t columns) { return steps<Product>(columns) + kRowPadding<C>; }
   static int64_t padded_columns(int64_t columns) {
+    if (!kTiles) return padded<C>(columns) + kRowPadding<C>;
     return (columns + kMostTileRows - 1) / kMostTileRows * kMostTileRows;
   }
   static int64_t rows_size(int64_t rows, int64_t columns) {
@@ -648,6 +687,7 @@ class ColumnPass {
   using C = Accumulate<X>;
   using Weights = WeightOperand<X, Product>;
   static constexpr bool kPairs = Product::kElements > 1;
+  static constexpr bool kTiles = Product::kStepGroup > 1;
 
   static constexpr int64_t kRows = RowMatrix<C, Product>::kRows;
 
@@ -746,7 +786,7 @@ class ColumnPass {
     const Sums down_sum =
         sums(segment, gradients.down, column, width_, columns, own_sums, sum_stride_);
     const Sums up_sum = sums(segment, gradients.up, column * r, r, r, own_sums + matrix_size,
-                             kPairs ? sum_stride_ : padded<C>(r));
+                             kTiles ? sum_stride_ : padded<C>(r));
     norm_weight_sum_ = own_sums + 2 * matrix_size;
     norm_bias_sum_ = norm_weight_sum_ + sum_stride_;
     const auto shifted = [&](const void* matrix, int64_t elements) {
@@ -773,7 +813,19 @@ class ColumnPass {
       const int64_t count = std::min(kRows, segment.rows - first);
       const int64_t row_steps = steps<Product>(count);
       const bool goes_on = segment.first_row + first > 0;
-      const auto into = [&](const Sums& sums) { return goes_on ? Into::kSum : sums.first; };
+      // A product over these rows, to the sums from an element on.
+      const auto add = [&](int64_t sum_rows, int64_t sum_columns, const LeftOperand<C>& left,
+                           const RightOperand<C>& right, const Sums& sums, int64_t element,
+                           Ahead& ahead) {
+        if constexpr (kRounds) {
+          if (sums.rounded) {
+            return multiply<C, Product>(sum_rows, sum_columns, row_steps, left, right,
+                                        sums.rounded + element, sums.stride, Into::kNew, ahead);
+          }
+        }
+        multiply<C, Product>(sum_rows, sum_columns, row_steps, left, right, sums.data + element,
+                             sums.stride, goes_on ? Into::kSum : sums.first, ahead);
+      };
       for (int64_t offset = 0; offset < columns; offset += kPartColumns) {
         const Part part = {
             segment, first, count, column + offset, std::min(kPartColumns, columns - offset),
@@ -787,23 +839,18 @@ class ColumnPass {
           load_gradient(part, of_output);
         }
         if (wanted.up_sum) {
-          if constexpr (kPairs) {  // d_upᵀ [r, columns] += zᵀ du
-            multiply<C, Product>(r, part.columns, row_steps,
-                                 results_.activated.transposed(segment, first),
-                                 {gradient_, kPanel<C>, kPartStride}, up_sum.data + offset,
-                                 up_sum.stride, into(up_sum), ahead);
+          if constexpr (kTiles) {  // d_upᵀ [r, columns] += zᵀ du
+            add(r, part.columns, results_.activated.transposed(segment, first),
+                {gradient_, kPanel<C>, kPartStride}, up_sum, offset, ahead);
           } else {  // d_up [columns, r] += duᵀ z
-            multiply<C>(part.columns, r, count, {gradient_, 1, kPartStride},
-                        results_.activated.right(segment, first),
-                        up_sum.data + offset * up_sum.stride, up_sum.stride, into(up_sum), ahead);
+            add(part.columns, r, {gradient_, 1, kPartStride},
+                results_.activated.right(segment, first), up_sum, offset * up_sum.stride, ahead);
           }
         }
         if (wanted.down_sum) {  // d_down [r, columns] += dhᵀ n
           load_x(part);
-          multiply<C, Product>(r, part.columns, row_steps,
-                               results_.hidden_gradient.transposed(segment, first),
-                               {x_, kPanel<C>, kPartStride}, down_sum.data + offset,
-                               down_sum.stride, into(down_sum), ahead);
+          add(r, part.columns, results_.hidden_gradient.transposed(segment, first),
+              {x_, kPanel<C>, kPartStride}, down_sum, offset, ahead);
         }
         if (wanted.normalized_gradient) {
           down_.multiply(count, 0, r, offset, part.columns,
@@ -822,22 +869,26 @@ class ColumnPass {
   }
 
   // Where a weight's gradient is summed: in its own memory if that is a matter of one product and
-  // of whole vectors of its type, else in scratch.
+  // of whole vectors of its type, else in scratch. A product of pairs can round its result.
   struct Sums {
     C* data;
     int64_t stride;
     bool in_place;
     Into first;  // what becomes of the first rows' products
+    X* rounded;  // in place of data, or null
   };
+  static constexpr bool kRounds = kPairs && !kTiles;
   Sums sums(const Segment& segment, void* gradient, int64_t first, int64_t stride, int64_t columns,
             C* scratch, int64_t scratch_stride) const {
     const bool converts = (p_.weight_type == DataType::kFloat32) != std::is_same_v<C, float>;
-    if (!gradient || segment.adapter_rows > kRows || converts || columns % kLanes<C> != 0) {
-      return {scratch, scratch_stride, false, Into::kNew};
+    if (!gradient || segment.adapter_rows > kRows || (converts && !kRounds) ||
+        columns % kLanes<C> != 0) {
+      return {scratch, scratch_stride, false, Into::kNew, nullptr};
     }
+    if (converts) return {nullptr, stride, true, Into::kNew, static_cast<X*>(gradient) + first};
     const int64_t matrix_rows = view_.bottleneck * width_ / stride;
     const Into into = streams<C>(gradient, matrix_rows, stride) ? Into::kStream : Into::kNew;
-    return {static_cast<C*>(gradient) + first, stride, true, into};
+    return {static_cast<C*>(gradient) + first, stride, true, into, nullptr};
   }
 
   int64_t row(const Segment& segment, int64_t i) const {
@@ -1054,7 +1105,7 @@ class ColumnPass {
     }
     if (gradients.up && !up_sum.in_place) {
       W* up = static_cast<W*>(gradients.up) + column * r;
-      if constexpr (kPairs) {
+      if constexpr (kTiles) {
         write_transposed(up_sum, r, columns, up);
       } else {
         write_rows(up_sum.data, up_sum.stride, columns, r, up, r);

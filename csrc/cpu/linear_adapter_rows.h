@@ -211,6 +211,16 @@ class WeightOperand {
           cpu::multiply<C, Product>(rows, column, k_count, left, {part, kPanel<C>, stride_}, out,
                                     out_row, into, ahead);
         }
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<Product, PairDot>) {
+          // Rows are paired again for each tile.
+          if (rows > 2 * kTileRows || k_count % Product::kElements != 0) return;
+          column = columns / kPanel<C> * kPanel<C>;
+          cpu::multiply<C, StoredPairDot>(rows, column, steps<Product>(k_count), left,
+                                          StoredPairDot::right(part, stride_), out, out_row, into,
+                                          ahead);
+        }
+#endif
       });
     }
     // Pieces follow the rows of the matrix as it is stored, which is how memory likes to be read.

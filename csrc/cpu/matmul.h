@@ -33,6 +33,31 @@ ADAPTER_EXT_HOST_DEVICE int64_t padded(int64_t columns) {
   return panels<C>(columns) * kPanel<C>;
 }
 
+// A left operand: element (row, k) is data[row * row_stride + k * k_stride], and one of the strides
+// is 1. Operands are passed by reference: a copy on the stack is read by wider loads than it was
+// stored by, which wait until all stores before are done, those of the tile before to slow memory
+// among them.
+template <class C>
+struct LeftOperand {
+  const C* data;
+  int64_t row_stride;
+  int64_t k_stride;
+
+  // The part that starts at a row and at a k.
+  ADAPTER_EXT_HOST_DEVICE LeftOperand from(int64_t row, int64_t k) const {
+    return {data + row * row_stride + k * k_stride, row_stride, k_stride};
+  }
+};
+
+// A right operand in panels of kPanel columns: element (k, column) of panel p is
+// data[p * panel_stride + k * k_stride + column].
+template <class C>
+struct RightOperand {
+  const C* data;
+  int64_t panel_stride;
+  int64_t k_stride;
+};
+
 // How a product takes its steps over k: one element of each operand in a step, multiplied and
 // added. A step's operands fill a lane of a Vector<C>.
 template <class C>
@@ -45,7 +70,15 @@ struct MultiplyAdd {
     return sum + left * right;
   }
   ADAPTER_EXT_HOST_DEVICE static Vector<C> splat(const C* step) { return cpu::splat<C>(*step); }
+  // A step of a right operand, vectors of columns; the next step is `k_stride` on.
+  template <int vectors>
+  ADAPTER_EXT_HOST_DEVICE static void load_right(const C* from, int64_t, Vector<C> (&to)[vectors]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) to[v] = cpu::load<C>(from + v * kLanes<C>);
+  }
   ADAPTER_EXT_HOST_DEVICE static Vector<C> round(Vector<C> values) { return values; }
+  // From the first vector of such a step to the second.
+  ADAPTER_EXT_HOST_DEVICE static int64_t next_right(int64_t) { return kLanes<C>; }
   // Elements i and on of a left operand's row.
   template <class Extent>
   ADAPTER_EXT_HOST_DEVICE static void store(C* row, int64_t i, Vector<C> values, Extent extent) {
@@ -65,10 +98,8 @@ struct MultiplyAdd {
 #if defined(__AVX512BF16__)
 // Two bfloat16 elements of each operand in a step, kept in the bits of a float. The instruction
 // takes subnormal numbers as zero. The last element of an odd count is paired with zero.
-struct PairDot {
+struct PairDot : MultiplyAdd<float> {
   static constexpr int kElements = 2;
-  static constexpr int kStepGroup = 1;
-  struct Setup {};
   using V = Vector<float>;
 
   ADAPTER_EXT_HOST_DEVICE static V add(V sum, V left, V right) {
@@ -108,6 +139,16 @@ struct PairDot {
         _mm512_cvtne2ps_pbh(bit_cast<__m512>(elements[1]), bit_cast<__m512>(elements[0]));
     cpu::store<float>(to, pair_halves(bit_cast<__m512i>(halves)));
   }
+  // Only the first or the second elements of a step.
+  ADAPTER_EXT_HOST_DEVICE static void store_half_step(float* to, V elements, bool second) {
+    const __m256i narrow = bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(elements)));
+    const __m512i wide = _mm512_cvtepu16_epi32(narrow);
+    if (second) {
+      _mm512_mask_storeu_epi16(to, 0xAAAAAAAAu, _mm512_slli_epi32(wide, 16));
+    } else {
+      _mm512_mask_storeu_epi16(to, 0x55555555u, wide);
+    }
+  }
   // A step of elements that are bfloat16 already, a vector of columns; null: zero.
   template <class Extent>
   ADAPTER_EXT_HOST_DEVICE static V load_step(const BFloat16* even, const BFloat16* odd,
@@ -130,6 +171,39 @@ struct PairDot {
                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return bit_cast<V>(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
+  }
+};
+
+// The same, with a right operand of rows of bfloat16 as they are stored, two of them in a step.
+struct StoredPairDot : PairDot {
+  // For weights [k, columns] with rows `stride` apart. Its strides, as others', are in floats.
+  ADAPTER_EXT_HOST_DEVICE static RightOperand<float> right(const BFloat16* weights,
+                                                           int64_t stride) {
+    return {reinterpret_cast<const float*>(weights), kPanel<float> / kElements, stride};
+  }
+  // To the line of the second row.
+  ADAPTER_EXT_HOST_DEVICE static int64_t next_right(int64_t k_stride) {
+    return k_stride / kElements;
+  }
+  template <int vectors>
+  ADAPTER_EXT_HOST_DEVICE static void load_right(const float* from, int64_t k_stride,
+                                                 V (&to)[vectors]) {
+    const BFloat16* even = reinterpret_cast<const BFloat16*>(from);
+    const BFloat16* odd = even + k_stride;
+    if constexpr (vectors == 1) {
+      to[0] = load_step(even, odd, FullVector{});
+    } else {
+      static_assert(vectors == 2);
+      alignas(64) static constexpr uint16_t low[] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                     37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                     11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+      alignas(64) static constexpr uint16_t high[] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21,
+                                                      53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58,
+                                                      27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+      const __m512i first = _mm512_loadu_si512(even), second = _mm512_loadu_si512(odd);
+      to[0] = bit_cast<V>(_mm512_permutex2var_epi16(first, _mm512_load_si512(low), second));
+      to[1] = bit_cast<V>(_mm512_permutex2var_epi16(first, _mm512_load_si512(high), second));
+    }
   }
 };
 #endif
@@ -188,31 +262,6 @@ ADAPTER_EXT_HOST_DEVICE void pad_row(C* row, int64_t count) {
                 static_cast<size_t>(end - count) * sizeof(BFloat16));
   }
 }
-
-// A left operand: element (row, k) is data[row * row_stride + k * k_stride], and one of the strides
-// is 1. Operands are passed by reference: a copy on the stack is read by wider loads than it was
-// stored by, which wait until all stores before are done, those of the tile before to slow memory
-// among them.
-template <class C>
-struct LeftOperand {
-  const C* data;
-  int64_t row_stride;
-  int64_t k_stride;
-
-  // The part that starts at a row and at a k.
-  ADAPTER_EXT_HOST_DEVICE LeftOperand from(int64_t row, int64_t k) const {
-    return {data + row * row_stride + k * k_stride, row_stride, k_stride};
-  }
-};
-
-// A right operand in panels of kPanel columns: element (k, column) of panel p is
-// data[p * panel_stride + k * k_stride + column].
-template <class C>
-struct RightOperand {
-  const C* data;
-  int64_t panel_stride;
-  int64_t k_stride;
-};
 
 // What a product does with its result: stores it, adds it to what is there, or stores it past the
 // caches, for which `out` is aligned to vectors.
@@ -280,18 +329,20 @@ struct RowsAhead {
   const char* row;
   int64_t stride;  // bytes
   int64_t count;
+  int64_t next;  // bytes from a vector of a row to the next
 
   template <class C>
-  static RowsAhead of(const C* row, int64_t stride, int64_t count) {
-    return {reinterpret_cast<const char*>(row), stride * int64_t{sizeof(C)}, count};
+  static RowsAhead of(const C* row, int64_t stride, int64_t count, int64_t next = kLanes<C>) {
+    constexpr int64_t size = sizeof(C);
+    return {reinterpret_cast<const char*>(row), stride * size, count, next * size};
   }
 };
 
 // A tile of a product, whose left operand is contiguous along k, or along the rows. Asks for two
 // sorts of rows ahead, then for other pieces; for its own results at once where those of the next
 // tile are not among them.
-template <class C, class Product, bool along_k, int rows, int vectors>
-static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k, C* out,
+template <class C, class Product, bool along_k, int rows, int vectors, class Out>
+static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_t b_k, Out* out,
                  int64_t out_row, Into into, const RowsAhead (&rows_ahead)[2],
                  Ahead& pieces_ahead) {
   using V = Vector<C>;
@@ -299,7 +350,7 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
   RowsAhead next_rows = rows_ahead[first_rows ? 0 : 1];
   Ahead ahead = pieces_ahead;
   V sum[rows][vectors] = {};
-  C* to = out;
+  Out* to = out;
   if (!first_rows && into != Into::kStream) {
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row, to += out_row) {
@@ -319,8 +370,7 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
   }
   const auto step = [&](int64_t a_offset) {
     V right[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = load<C>(b + v * kLanes<C>);
+    Product::load_right(b, b_k, right);
     b += b_k;
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
@@ -335,7 +385,7 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
     if (next_rows.count == 0) return ahead.next_line();
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      __builtin_prefetch(next_rows.row + v * kVectorBytes, 0, 2);
+      __builtin_prefetch(next_rows.row + v * next_rows.next, 0, 2);
     }
     next_rows.row += next_rows.stride;
     if (--next_rows.count == 0 && first_rows) {
@@ -362,8 +412,10 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
   for (int row = 0; row < rows; ++row, to += out_row) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      C* at = to + v * kLanes<C>;
-      if (into == Into::kStream) {
+      Out* at = to + v * kLanes<C>;
+      if constexpr (!std::is_same_v<Out, C>) {
+        store<C>(at, sum[row][v]);
+      } else if (into == Into::kStream) {
         stream<C>(at, sum[row][v]);
       } else {
         store<C>(at, into == Into::kSum ? load<C>(at) + sum[row][v] : sum[row][v]);
@@ -372,18 +424,18 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
   }
 }
 
-template <class C, class Product, bool along_k, int vectors, int rows = kTileRows>
+template <class C, class Product, bool along_k, int vectors, class Out, int rows = kTileRows>
 ADAPTER_EXT_HOST_DEVICE void tile_of_rows(int64_t row_count, int64_t k_count,
                                           const LeftOperand<C>& left, const C* b, int64_t b_k,
-                                          C* out, int64_t out_row, Into into,
+                                          Out* out, int64_t out_row, Into into,
                                           const RowsAhead (&rows_ahead)[2], Ahead& ahead) {
   if constexpr (rows > 0) {
     if (row_count == rows) {
       tile<C, Product, along_k, rows, vectors>(k_count, left, b, b_k, out, out_row, into,
                                                rows_ahead, ahead);
     } else {
-      tile_of_rows<C, Product, along_k, vectors, rows - 1>(row_count, k_count, left, b, b_k, out,
-                                                           out_row, into, rows_ahead, ahead);
+      tile_of_rows<C, Product, along_k, vectors, Out, rows - 1>(
+          row_count, k_count, left, b, b_k, out, out_row, into, rows_ahead, ahead);
     }
   }
 }
@@ -456,10 +508,11 @@ static void multiply_tiles(int64_t rows, int64_t columns, int64_t k_count, LeftO
 
 // out [rows, columns] (+)= left [rows, k] right [k, columns], k in steps of the product. The rows
 // of `out` are out_row elements apart and padded to whole panels; the padding gets the product with
-// the padding of `right`.
-template <class C, class Product = MultiplyAdd<C>>
+// the padding of `right`. An `out` of another type than C is rounded to: it is new, and k one
+// block.
+template <class C, class Product = MultiplyAdd<C>, class Out = C>
 static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftOperand<C>& left,
-                     const RightOperand<C>& right, C* out, int64_t out_row, Into into,
+                     const RightOperand<C>& right, Out* out, int64_t out_row, Into into,
                      Ahead& ahead) {
   if constexpr (Product::kStepGroup > 1) {
     return multiply_tiles(rows, columns, k_count, left, right, out, out_row, into == Into::kSum,
@@ -467,7 +520,7 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
   }
   if (k_count == 0 && into != Into::kSum) {
     for (int64_t row = 0; row < rows; ++row) {
-      std::fill(out + row * out_row, out + row * out_row + padded<C>(columns), C(0));
+      std::fill(out + row * out_row, out + row * out_row + padded<C>(columns), Out{});
     }
   }
   // Tiles of equal size: a small last one would take almost as long as a whole one.
@@ -484,7 +537,7 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
       const bool apart = !last_panel && right.k_stride > kPanel<C>;
       for (int64_t row = 0, i = 0, count; row < rows; row += count, ++i) {
         count = tile_rows(i);
-        C* to = out + row * out_row + column;
+        Out* to = out + row * out_row + column;
         // The next tile's results, if there are steps enough, and a share of the next panel.
         RowsAhead rows_ahead[2] = {};
         const bool asks = into != Into::kStream && block >= 2 * kTileRows;
@@ -495,14 +548,15 @@ static void multiply(int64_t rows, int64_t columns, int64_t k_count, const LeftO
         }
         if (apart) {
           const int64_t first = block * i / row_tiles, end = block * (i + 1) / row_tiles;
-          rows_ahead[1] = RowsAhead::of(b + right.panel_stride + first * right.k_stride,
-                                        right.k_stride, end - first);
+          rows_ahead[1] =
+              RowsAhead::of(b + right.panel_stride + first * right.k_stride, right.k_stride,
+                            end - first, Product::next_right(right.k_stride));
         }
         const auto run = left.k_stride == 1
-                             ? (narrow ? tile_of_rows<C, Product, true, 1>
-                                       : tile_of_rows<C, Product, true, kPanelVectors>)
-                             : (narrow ? tile_of_rows<C, Product, false, 1>
-                                       : tile_of_rows<C, Product, false, kPanelVectors>);
+                             ? (narrow ? tile_of_rows<C, Product, true, 1, Out>
+                                       : tile_of_rows<C, Product, true, kPanelVectors, Out>)
+                             : (narrow ? tile_of_rows<C, Product, false, 1, Out>
+                                       : tile_of_rows<C, Product, false, kPanelVectors, Out>);
         run(count, block, left.from(row, k), b, right.k_stride, to, out_row,
             k > 0 ? Into::kSum : into, rows_ahead, ahead);
       }
