@@ -469,28 +469,41 @@ class RowPass {
   // c1 and c0 for some rows of down.
   void sum_down(int64_t first, int64_t count) {
     if (!pre_) return;
-    with_weights<X>(p_.weight_type, view_.down, [&](const auto* down) {
+    const auto sum = [&](const auto* down) {
       constexpr int together = 4;  // sums that do not wait for each other
       const int64_t end = first + count;
       int64_t j = first;
       for (; j + together <= end; j += together) sum_rows<together>(down, j);
       for (; j < end; ++j) sum_rows<1>(down, j);
-    });
+    };
+    if constexpr (kPairs) {
+      sum(static_cast<const X*>(view_.down));
+    } else {
+      with_weights<X>(p_.weight_type, view_.down, sum);
+    }
   }
 
   template <int rows, class W>
   void sum_rows(const W* down, int64_t first) {
     Vector<C> weight_sum[rows] = {}, bias_sum[rows] = {};
-    for_each_vector<C>(width_, [&](int64_t c, auto extent) {
-      const Vector<C> weight = load<C>(norm_weight_ + c, extent);
-      const Vector<C> bias = load<C>(norm_bias_ + c, extent);
+    const auto add = [&](const auto* norm_weight, const auto* norm_bias) {
+      for_each_vector<C>(steps<Product>(width_), [&](int64_t k, auto extent) {
+        const Vector<C> weight = Product::load(norm_weight, k, width_, extent);
+        const Vector<C> bias = Product::load(norm_bias, k, width_, extent);
 #pragma GCC unroll 4
-      for (int i = 0; i < rows; ++i) {
-        const Vector<C> w = load<C>(down + (first + i) * view_.down_stride + c, extent);
-        weight_sum[i] += w * weight;
-        bias_sum[i] += w * bias;
-      }
-    });
+        for (int i = 0; i < rows; ++i) {
+          const W* row = down + (first + i) * view_.down_stride;
+          const Vector<C> w = Product::load(row, k, width_, extent);
+          weight_sum[i] = Product::add(weight_sum[i], w, weight);
+          bias_sum[i] = Product::add(bias_sum[i], w, bias);
+        }
+      });
+    };
+    if constexpr (kPairs) {
+      add(static_cast<const X*>(view_.norm_weight), static_cast<const X*>(view_.norm_bias));
+    } else {
+      add(norm_weight_, norm_bias_);
+    }
     for (int i = 0; i < rows; ++i) {
       down_weight_[first + i] = horizontal_sum<C>(weight_sum[i]);
       down_bias_[first + i] = horizontal_sum<C>(bias_sum[i]);

@@ -213,8 +213,7 @@ class WeightOperand {
         }
 #if defined(__AVX512BF16__)
         if constexpr (std::is_same_v<Product, PairDot>) {
-          // Rows are paired again for each tile.
-          if (rows > 2 * kTileRows || k_count % Product::kElements != 0) return;
+          if (k_count % Product::kElements != 0) return;
           column = columns / kPanel<C> * kPanel<C>;
           cpu::multiply<C, StoredPairDot>(rows, column, steps<Product>(k_count), left,
                                           StoredPairDot::right(part, stride_), out, out_row, into,
