@@ -213,7 +213,7 @@ class WeightOperand {
         }
 #if defined(__AVX512BF16__)
         if constexpr (std::is_same_v<Product, PairDot>) {
-          if (k_count % Product::kElements != 0) return;
+          if (transposed_ || k_count % Product::kElements != 0) return;
           column = columns / kPanel<C> * kPanel<C>;
           cpu::multiply<C, StoredPairDot>(rows, column, steps<Product>(k_count), left,
                                           StoredPairDot::right(part, stride_), out, out_row, into,
