@@ -730,7 +730,8 @@ static void multiply_row_transposed(int64_t columns, int64_t elements, const C* 
         if (prefetch && k % line == 0) {
 #pragma GCC unroll 16
           for (int i = 0; i < lanes; ++i) {
-            __builtin_prefetch(source + (i + ahead) * stride + k * Product::kElements);
+            const W* next = source + (i + ahead) * stride + k * Product::kElements;
+            __builtin_prefetch(next, 0, 2);  // rows that share a set of a first-level cache
           }
         }
         Vector<C> square[lanes];
@@ -815,7 +816,8 @@ template <class C, class W>
 static void multiply_row_same_order(int64_t columns, int64_t k_count, const C* left,
                                     const W* weights, int64_t stride, C* out, bool accumulate) {
   constexpr int64_t kPart = 1024;  // columns whose sums stay in the first-level cache
-  constexpr int kRows = 8;  // rows of W at a time, each a stream that the hardware prefetches
+  constexpr int kRows = 8;         // rows of W at a time
+  constexpr int kAhead = 16;       // rows, each too short for the hardware to see where the next is
   C block_sum[kPart];
   for (int64_t column = 0; column < columns; column += kPart) {
     const int64_t part = std::min(kPart, columns - column);
@@ -824,12 +826,17 @@ static void multiply_row_same_order(int64_t columns, int64_t k_count, const C* l
       const bool add = accumulate || block > 0;
       C* sum = add ? block_sum : out + column;
       const auto add_rows = [&]<int rows>(int64_t k) {
+        const bool prefetch = k + rows + kAhead <= k_count;
         for_each_vector<C>(part, [&](int64_t c, auto extent) {
           const W* from = weights + k * stride + column + c;
           Vector<C> v = k == block ? Vector<C>{} : load<C>(sum + c);
 #pragma GCC unroll 8
           for (int i = 0; i < rows; ++i) {
             v += splat<C>(left[k + i]) * load<C>(from + i * stride, extent);
+          }
+          if (prefetch) {
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; ++i) __builtin_prefetch(from + (i + kAhead) * stride, 0, 2);
           }
           store<C>(sum + c, v);
         });
