@@ -266,11 +266,15 @@ def test_large_mean(mean: float, norm_position: str) -> None:
         assert excess(value, expected[name], allowed, allowed) < 1.0, name
 
 
+@every_dtype
 @every_norm_position
-def test_strided_bank(norm_position: str) -> None:
+@pytest.mark.parametrize("bottleneck", [6, 40])  # 40: wide enough to be read as it is stored
+def test_strided_bank(dtype: torch.dtype, bottleneck: int, norm_position: str) -> None:
     """Stacked weights may be a slice of a larger bank, as long as the last dimension is dense."""
     options = {"norm_position": norm_position, **TRAINING["all-call"]}
-    call = Case(bottlenecks=(6, 6, 6), stacked=True, options=options).build()
+    call = Case(
+        shape=(20, 70), bottlenecks=(bottleneck,) * 3, stacked=True, dtype=dtype, options=options
+    ).build()
     expected = call.results()
     call.weights = type(call.weights)(
         *(_every_other_of_larger(field.detach()).requires_grad_() for field in call.weights)
