@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adapter_ext import ops
 from adapter_ext.access import AccessMixin
 from adapter_ext.fused import (
+    HOOK_TABLES,
     FusedCall,
     LinearLayer,
     autocast_dtype,
@@ -19,7 +20,12 @@ from adapter_ext.fused import (
     hook_tables,
 )
 from adapter_ext.registry import instantiate, register_target
-from adapter_ext.strategies import AbstractAdapterStrategy, ResidualAddAdapterStrategyConfig
+from adapter_ext.snapshot import Snapshot
+from adapter_ext.strategies import (
+    METHODS,
+    AbstractAdapterStrategy,
+    ResidualAddAdapterStrategyConfig,
+)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -184,6 +190,23 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
         ):
             return None
         return self._fused_layers()
+
+    def _snapshot(self) -> Snapshot:
+        """What :meth:`fused_call` and a stock strategy depend on, where both are there."""
+        modules, strategy = self._modules, self.adapter_strategy
+        dropout = [] if modules.get("dropout") is None else [cast(nn.Module, modules["dropout"])]
+        return Snapshot.of(
+            self,
+            own=("forward", "dropout", "adapter_strategy", "_modules", *HOOK_TABLES),
+            empty=hook_tables(self, *dropout),
+            objects=(strategy, *dropout),
+            entries=(
+                *((strategy.__dict__, method) for method in METHODS),
+                *((modules, name) for name in ("module", "dropout")),
+                *((d.__dict__, name) for d in dropout for name in ("forward", "p", "training")),
+            ),
+            within=cast(LinearLayer, self._layer).snapshot,
+        )
 
     def _fused_layers(self) -> FusedCall | None:
         own = self.__dict__

@@ -1,9 +1,4 @@
-"""What of a LinearAdapter the op needs, read off its layers at every call.
-
-An adapter's layers can be swapped, parametrised or hooked at any time. :class:`LinearLayer` holds
-what was found when the layers were last looked at, and says at each call, for a fraction of a
-microsecond, whether that still is all there is to them.
-"""
+"""What of a LinearAdapter the op needs, read off its layers at every call."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from adapter_ext.snapshot import Snapshot, read_parameters
 from adapter_ext.types import AdapterWeights
 
 # Dictionaries that PyTorch fills in place, never replaces.
@@ -48,7 +44,7 @@ class FusedCall(NamedTuple):
         settings: all else.
     """
 
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    tensors: tuple[Tensor, ...]
     settings: Settings
 
     @property
@@ -79,14 +75,13 @@ def autocast_output(x: Tensor, operands: torch.dtype, norm_position: str) -> tor
     return torch.float32 if norm_position == "post" and not x.is_cpu else operands
 
 
-def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """The dictionaries, filled in place, of the hooks that calling a module runs."""
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module has the hooks that calling it runs."""
+
+
+def hook_tables(*modules: nn.Module) -> list[dict[int, Any]]:
+    """The dictionaries, filled in place, of the hooks that calling modules runs."""
+    return [getattr(module, table) for module in modules for table in HOOK_TABLES]
 
 
 # The attributes, besides parameters, on which the results of layers depend.
@@ -119,20 +114,10 @@ class LinearLayer:
 
     Attributes:
         sequence: the ``nn.Sequential`` that was looked at.
+        snapshot: of it and its layers; its parameters are those of :class:`AdapterWeights`.
     """
 
-    __slots__ = (
-        "_attributes",
-        "_children",
-        "_hooks",
-        "_layers",
-        "_members",
-        "_modules",
-        "_parameters",
-        "_settings",
-        "_types",
-        "sequence",
-    )
+    __slots__ = ("_settings", "sequence", "snapshot")
 
     def __init__(
         self,
@@ -144,20 +129,25 @@ class LinearLayer:
     ) -> None:
         self.sequence = sequence
         self._settings = settings
-        self._layers = list(sequence)
-        self._modules = [sequence, *self._layers]
-        self._types = [type(m) for m in self._modules]
-        # Dictionaries, because an attribute of a module costs 0.1 us; and no parameters: those may
-        # be replaced at any time.
-        self._children = sequence._modules
-        self._members = [m.__dict__ for m in self._modules]
-        self._attributes = [
-            (m.__dict__, name, m.__dict__.get(name))
-            for m in self._layers
-            for name in _ATTRIBUTES.get(type(m), ())
-        ]
-        self._parameters = (norm._parameters, down._parameters, up._parameters)
-        self._hooks = (*(h for m in self._modules for h in hook_tables(m)), *_GLOBAL_HOOKS)
+        layers = list(sequence)
+        self.snapshot = Snapshot.of(
+            sequence,
+            empty=(*hook_tables(sequence, *layers), *_GLOBAL_HOOKS),
+            objects=(sequence, *layers),
+            entries=[
+                *((module.__dict__, "forward") for module in (sequence, *layers)),
+                *((m.__dict__, name) for m in layers for name in _ATTRIBUTES.get(type(m), ())),
+                *((linear._parameters, "bias") for linear in (down, up)),
+            ],
+            containers=[sequence],
+            parameters=[
+                (norm._parameters, "weight"),
+                # Norms may come without, and a pruned weight is no parameter.
+                (norm._parameters, "bias"),
+                (down._parameters, "weight"),
+                (up._parameters, "weight"),
+            ],
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of an adapter looks at its own layers
@@ -182,6 +172,10 @@ class LinearLayer:
         name = activation_name(activation)
         if name is None or len(norm.normalized_shape) != 1:
             return None
+        if down.bias is not None or up.bias is not None:
+            return None
+        if any("forward" in module.__dict__ for module in (sequence, *sequence)):
+            return None
         return cls(sequence, norm, down, up, Settings(name, norm_position, norm.eps, 0.0))
 
     def call(self, dropout: float) -> FusedCall | None:
@@ -190,30 +184,8 @@ class LinearLayer:
         Args:
             dropout: probability of the active dropout behind the layers, 0 for none.
         """
-        if (
-            any(self._hooks)
-            or [*self._children.values()] != self._layers
-            or [*map(type, self._modules)] != self._types
-        ):
-            return None
-        for members in self._members:
-            if "forward" in members:
-                return None
-        for members, name, value in self._attributes:
-            if members.get(name) is not value:
-                return None
-        norm, down, up = self._parameters
-        norm_weight, norm_bias = norm.get("weight"), norm.get("bias")
-        down_weight, up_weight = down.get("weight"), up.get("weight")
-        if (
-            # A pruned weight is no parameter; norms may come without.
-            norm_weight is None
-            or norm_bias is None
-            or down_weight is None
-            or up_weight is None
-            or down.get("bias") is not None
-            or up.get("bias") is not None
-        ):
+        tensors = read_parameters([self.sequence], [self.snapshot])
+        if tensors is None:
             return None
         settings = self._settings._replace(dropout=dropout) if dropout else self._settings
-        return FusedCall((norm_weight, norm_bias, down_weight, up_weight), settings)
+        return FusedCall(tuple(tensors), settings)

@@ -5,27 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from adapter_ext import ops, sample_counts
-from adapter_ext.fused import FusedCall, Settings, autocast_dtype
+from adapter_ext.fused import autocast_dtype
+from adapter_ext.grouping import Group, group
 from adapter_ext.mixin import (
     AdapterModuleMixin,
     enter_traced_routes,
     hosts_of,
     leave_traced_routes,
-    strategy_of,
 )
 from adapter_ext.strategies import (
     AbstractAdapterStrategy,
-    ResidualAddAdapterStrategy,
-    is_stock,
     register_adapter_loss,
 )
-from adapter_ext.types import AdapterWeights, Routing
+from adapter_ext.types import Routing
 
 # Entering and leaving a context changes several modules' routes, which threads may share.
 _lock = threading.Lock()
@@ -231,24 +229,6 @@ def _disabled_error(name: str, module: nn.Module, host: AdapterModuleMixin) -> V
     return ValueError(f"adapter {name!r} is disabled{where}; set_enabled_adapters enables it")
 
 
-class _Kind(NamedTuple):
-    """What the adapters of one call of the op have in common."""
-
-    settings: Settings
-    depth: float
-    residual: bool
-    dtype: torch.dtype
-
-
-class _Group(NamedTuple):
-    """The adapters of one call of the op; lists of equal length, an adapter's weights in a row."""
-
-    names: list[str]
-    adapters: list[nn.Module]
-    weights: list[tuple[Tensor, ...]]
-    l2_lambdas: list[float]
-
-
 class Routes:
     """Which adapter each sample of a batch uses.
 
@@ -306,56 +286,12 @@ class Routes:
             raise RuntimeError(
                 "the indices of adapters were changed in place within route_adapters: enter it anew"
             )
-        groups: dict[tuple[Any, ...], _Group] = {}
-        alone: list[tuple[int, str, nn.Module, AbstractAdapterStrategy]] = []
-        adapters = host._adapters()
-        enabled = host._enabled_adapters
-        training = host.training
-        stock_host = (
-            type(host).forward_single_enabled_adapter_ is _STOCK_FORWARD_SINGLE
-            and "forward_single_enabled_adapter_" not in host.__dict__
-        )
-        last_kind: tuple[Any, ...] = ()
-        indices: Iterable[int] = range(len(self._names))
-        # Adapters without samples are there for their gradients. In training they count for the
-        # draws as well; compiled code is for any indices, and must not look at these.
-        wants_all = training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if not wants_all and self._used is not None:
-            indices = self._used
-        for i in indices:
-            name = self._names[i]
-            adapter = None if name is None else adapters.get(name)
-            if name is None or adapter is None:
-                continue
-            if name not in enabled:
-                raise _disabled_error(name, host._host(), host)
-            strategy = strategy_of(adapter, name)
-            call: FusedCall | None = None
-            if stock_host and is_stock(strategy) and hasattr(type(adapter), "fused_call"):
-                call = cast(Any, adapter).fused_call()
-            if call is None:
-                alone.append((i, name, adapter, strategy))
-                continue
-            depth = l2_lambda = 0.0
-            residual = isinstance(strategy, ResidualAddAdapterStrategy)
-            if training and isinstance(strategy, ResidualAddAdapterStrategy):
-                depth = strategy.stochastic_depth
-                l2_lambda = strategy.loss_weight(adapter, host)
-            tensors, settings = call
-            kind = (settings, depth, residual, tensors[2].dtype)
-            if kind != last_kind:  # most are like the one before
-                last_kind = kind
-                group = groups.setdefault(kind, _Group([], [], [], []))
-            group_names, group_adapters, weights, l2_lambdas = group
-            group_names.append(name)
-            group_adapters.append(adapter)
-            weights.append(tensors)
-            l2_lambdas.append(l2_lambda)
+        groups, alone = group(host, self._chosen(host))
         # A call leaves the samples of other groups as they are, so the calls can be chained.
-        for kind, group in groups.items():
-            x = self._forward_group(host, x, _Kind(*kind), group)
-        for i, name, adapter, strategy in alone:
-            x = self._forward_alone(host, x, i, name, adapter, strategy)
+        for alike in groups:
+            x = self._forward_group(host, x, alike)
+        for name, strategy in alone.items():
+            x = self._forward_alone(host, x, name, strategy)
         counter = host._sample_counter
         if (
             self.any_may_be_idle
@@ -368,23 +304,38 @@ class Routes:
             x = sample_counts.count(counter, x, offsets.diff())
         return x
 
-    def _forward_group(
-        self, host: AdapterModuleMixin, x: Tensor, kind: _Kind, group: _Group
-    ) -> Tensor:
-        settings, depth, residual, _ = kind
+    def _chosen(self, host: AdapterModuleMixin) -> dict[str, nn.Module]:
+        """The adapters of a module that the op is to see, by name.
+
+        Those without samples are there for their gradients. In training they count for the draws
+        as well; compiled code is for any indices, and must not look at these.
+        """
+        wants_all = host.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        names: Iterable[str | None] = self._names
+        if not wants_all and self._used is not None:
+            names = [self._names[i] for i in self._used]
+        adapters = host._adapters()
+        chosen = {name: adapters[name] for name in names if name in adapters}
+        disabled = chosen.keys() - host._enabled_adapters.keys()
+        if disabled:
+            raise _disabled_error(min(disabled), host._host(), host)
+        return chosen
+
+    def _forward_group(self, host: AdapterModuleMixin, x: Tensor, group: Group) -> Tensor:
+        settings = group.form.settings
         y, aux = ops.linear_adapter(
             x,
-            AdapterWeights(*zip(*group.weights, strict=True)),
+            group.weights,
             self._routing(tuple(group.names), x.device),
             activation=settings.activation,
             norm_position=settings.norm_position,
             eps=settings.eps,
             dropout=settings.dropout,
-            stochastic_depth=depth,
+            stochastic_depth=group.stochastic_depth,
             l2_lambda=self._l2_lambda(tuple(group.l2_lambdas), x.device),
-            residual=residual,
+            residual=group.form.residual,
             # Everything that differs in training is 0 where it is not active.
-            training=bool(settings.dropout or depth or any(group.l2_lambdas)),
+            training=bool(settings.dropout or group.stochastic_depth or any(group.l2_lambdas)),
             compute_dtype=autocast_dtype(x),
         )
         for a, (adapter, weight) in enumerate(zip(group.adapters, group.l2_lambdas, strict=True)):
@@ -396,12 +347,11 @@ class Routes:
         self,
         host: AdapterModuleMixin,
         x: Tensor,
-        i: int,
         name: str,
-        adapter: nn.Module,
         strategy: AbstractAdapterStrategy,
     ) -> Tensor:
-        own = (self._ids_on(x.device).flatten() == i).nonzero().squeeze(1)
+        adapter = host._adapters()[name]
+        own = (self._ids_on(x.device).flatten() == self._names.index(name)).nonzero().squeeze(1)
         if not (torch.compiler.is_compiling() or self._shared) and own.numel() == 0:
             return x
         samples = x.flatten(0, self.ids.ndim - 1)
@@ -477,6 +427,3 @@ def _constant(values: Sequence[float], dtype: torch.dtype, device: torch.device)
             runs.append(torch.full((end - start,), first, dtype=dtype, device=device))
         start = end
     return torch.cat(runs)
-
-
-_STOCK_FORWARD_SINGLE = AdapterModuleMixin.forward_single_enabled_adapter_

@@ -16,6 +16,9 @@ from adapter_ext.fused import FusedCall, autocast_dtype, autocast_output
 if TYPE_CHECKING:
     from adapter_ext.mixin import AdapterModuleMixin
 
+METHODS = ("forward", "compute_output", "apply_stochastic_depth", "compute_auxiliary_losses")
+"""What a strategy may have of its own, instead of the method of its class."""
+
 
 class AbstractAdapterStrategy(ABC):
     """Decides what becomes of an adapter's output. Not an ``nn.Module``: it has no weights."""
@@ -281,36 +284,42 @@ _APPLY_STOCHASTIC_DEPTH = ResidualAddAdapterStrategy.apply_stochastic_depth
 _COMPUTE_AUXILIARY_LOSSES = ResidualAddAdapterStrategy.compute_auxiliary_losses
 
 
+def is_stock(strategy: object) -> bool:
+    """Whether the op can stand for a strategy: neither overridden nor patched anywhere."""
+    own = strategy.__dict__
+    return is_stock_class(type(strategy)) and not any(name in own for name in METHODS)
+
+
+def is_stock_class(kind: type) -> bool:
+    """Whether the op can stand for a strategy of that class on which nothing is patched."""
+    if issubclass(kind, ResidualAddAdapterStrategy):
+        return (
+            kind.forward is _RESIDUAL_ADD_FORWARD
+            and kind.__call__ is _CALL
+            and _class_hooks_are_stock(kind)
+        )
+    return (
+        issubclass(kind, ReturnResultAdapterStrategy)
+        and kind.forward is _RETURN_RESULT_FORWARD
+        and kind.__call__ is _CALL
+        and kind.compute_output is _RETURN_RESULT_COMPUTE_OUTPUT
+    )
+
+
 def _hooks_are_stock(strategy: ResidualAddAdapterStrategy) -> bool:
     """Whether the methods that the stock forward calls are the stock ones."""
-    kind = type(strategy)
     own = strategy.__dict__
     return (
-        kind.compute_output is _COMPUTE_OUTPUT
-        and kind.apply_stochastic_depth is _APPLY_STOCHASTIC_DEPTH
-        and kind.compute_auxiliary_losses is _COMPUTE_AUXILIARY_LOSSES
+        _class_hooks_are_stock(type(strategy))
         and "compute_output" not in own
         and "apply_stochastic_depth" not in own
         and "compute_auxiliary_losses" not in own
     )
 
 
-def is_stock(strategy: object) -> bool:
-    """Whether the op can stand for a strategy: neither overridden nor patched anywhere."""
-    kind: Any = type(strategy)
-    own = strategy.__dict__
-    if isinstance(strategy, ResidualAddAdapterStrategy):
-        return (
-            kind.forward is _RESIDUAL_ADD_FORWARD
-            and kind.__call__ is _CALL
-            and "forward" not in own
-            and _hooks_are_stock(strategy)
-        )
+def _class_hooks_are_stock(kind: type[ResidualAddAdapterStrategy]) -> bool:
     return (
-        isinstance(strategy, ReturnResultAdapterStrategy)
-        and kind.forward is _RETURN_RESULT_FORWARD
-        and kind.compute_output is _RETURN_RESULT_COMPUTE_OUTPUT
-        and kind.__call__ is _CALL
-        and "forward" not in own
-        and "compute_output" not in own
+        kind.compute_output is _COMPUTE_OUTPUT
+        and kind.apply_stochastic_depth is _APPLY_STOCHASTIC_DEPTH
+        and kind.compute_auxiliary_losses is _COMPUTE_AUXILIARY_LOSSES
     )

@@ -1,4 +1,4 @@
-// adapter_ext._C: facts of the build, and hooks for tests and benchmarks.
+// adapter_ext._C: facts of the build, hooks for tests and benchmarks, and the check of snapshots.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "snapshot.h"
 
 namespace {
 
@@ -29,7 +30,7 @@ std::vector<std::string> words(const std::string& text) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Facts of the build of adapter_ext, and hooks for tests and benchmarks.";
+  module.doc() = "Facts of the build of adapter_ext, and what Python code needs for speed.";
   module.attr("version") = ADAPTER_EXT_VERSION;
   module.attr("torch_version") = ADAPTER_EXT_TORCH_VERSION;
   module.attr("compiler") = ADAPTER_EXT_COMPILER;
@@ -51,4 +52,6 @@ PYBIND11_MODULE(_C, module) {
              pybind11::call_guard<pybind11::gil_scoped_release>(),
              "Runs fp32 multiply-adds in registers alone on this thread, at the CPU level in use; "
              "returns the number of floating-point operations.");
+  module.def("read_parameters", &adapter_ext::read_parameters, pybind11::arg("modules"),
+             pybind11::arg("snapshots"), "See adapter_ext.snapshot.read_parameters.");
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adapter_ext
 from adapter_ext import (
+    AbstractAdapterStrategy,
     AccessMixin,
     AdapterModuleUtil,
     LinearAdapter,
@@ -337,9 +340,73 @@ def change_forward(adapter):
     return lambda: delattr(adapter.module[3], "forward")
 
 
+def change_own_hook(adapter):
+    return adapter.register_forward_hook(lambda m, a, out: out * 0).remove
+
+
+def change_own_hook_table(adapter):
+    before = adapter._forward_hooks
+    adapter._forward_hooks = type(before)({-1: lambda m, a, out: out * 0})
+    return lambda: setattr(adapter, "_forward_hooks", before)
+
+
+def change_own_forward(adapter):
+    adapter.forward = torch.sin
+    return lambda: delattr(adapter, "forward")
+
+
+def change_class(adapter):
+    adapter.__class__ = Doubling
+    return lambda: setattr(adapter, "__class__", LinearAdapter)
+
+
+def change_layers(adapter):
+    adapter.module.append(nn.Tanh())
+    return lambda: adapter.module.pop(-1)
+
+
+def change_container(adapter):
+    before, adapter.module = adapter.module, nn.Sequential(nn.Tanh())
+    return lambda: setattr(adapter, "module", before)
+
+
+def change_bias(adapter):
+    adapter.module[3].bias = nn.Parameter(rand(D))
+    return lambda: setattr(adapter.module[3], "bias", None)
+
+
+def change_dropout(adapter):
+    adapter.dropout = nn.Dropout(1.0).train()
+    return lambda: setattr(adapter, "dropout", None)
+
+
+def change_strategy_class(adapter):
+    adapter.adapter_strategy.__class__ = Negative
+    return lambda: setattr(adapter.adapter_strategy, "__class__", ResidualAddAdapterStrategy)
+
+
+class Doubling(LinearAdapter):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Negative(ResidualAddAdapterStrategy):
+    def compute_output(self, input, adapter, *, module):
+        return -adapter(input)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        change_own_hook,
+        change_own_hook_table,
+        change_own_forward,
+        change_class,
+        change_layers,
+        change_container,
+        change_bias,
+        change_dropout,
+        change_strategy_class,
         change_hook,
         change_activation,
         change_eps,
@@ -364,6 +431,97 @@ def test_changes_within_a_context_are_honoured_at_once(change, block):
     close(changed[::2], want[::2])
     close(changed[1], before[1])
     assert not torch.allclose(changed[0], before[0])
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (LinearAdapter, "forward"),
+        (ResidualAddAdapterStrategy, "forward"),
+        (ResidualAddAdapterStrategy, "compute_output"),
+        (AbstractAdapterStrategy, "__call__"),
+    ],
+)
+def test_methods_patched_on_classes_within_a_context_run(owner, method, block, monkeypatch):
+    x = rand(2, D)
+    with block.route_adapters(["a1", "a"]):
+        before = block(x)
+        calls = []
+        stock = getattr(owner, method)
+        patched = lambda *args, **kwargs: calls.append(1) or stock(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(owner, method, patched)
+        close(block(x), before)
+        assert len(calls) == 2
+        monkeypatch.undo()
+        close(block(x), before)
+        assert len(calls) == 2
+
+
+def test_dropout_is_looked_at_in_every_call(block):
+    adapter = block.adapter_layer["a1"]
+    adapter.dropout = nn.Dropout(0.0).eval()
+    x = rand(1, D)
+    with block.route_adapters(["a1"]):
+        full = block(x)
+        adapter.dropout.p = 1.0
+        close(block(x), full)  # it does not train
+        adapter.dropout.train()
+        close(block(x), block.linear(x))
+        adapter.dropout.p = 0.0
+        close(block(x), full)
+
+
+def test_depth_and_losses_are_looked_at_in_every_call(block):
+    block.train()
+    strategy = block.adapter_layer["a1"].adapter_strategy
+    x = rand(1, D)
+    with block.route_adapters(["a1"]):
+        full = block(x)
+        strategy.stochastic_depth = 1.0
+        close(block(x), block.linear(x))
+        strategy.stochastic_depth = 0.0
+        assert not block.adapter_losses()
+        strategy.l2_lambda = 0.5
+        close(block(x), full)
+        loss = 0.5 * (full - block.linear(x)).square().sum()
+        torch.testing.assert_close(block.adapter_losses()["a1"], loss)
+
+
+def test_shallow_copies_have_their_own_forward(block):
+    x = rand(1, D)
+    with block.route_adapters(["a1"]):
+        block(x)
+        other = copy.copy(block.adapter_layer["a1"])
+        block.adapter_layer["a1"] = other
+        other.forward = torch.sin
+        close(block(x), block.linear(x) + block.linear(x).sin())
+
+
+def test_replicas_have_their_own_weights(block):
+    # As DataParallel makes them: what lies in a module's dictionary is shared.
+    adapter = block.adapter_layer["a1"]
+    x = rand(1, D)
+    with block.route_adapters(["a1"]):
+        full = block(x)
+        replica = adapter._replicate_for_data_parallel()
+        replica.module = copy.deepcopy(adapter.module)
+        replica.module[3].weight.data *= 3
+        block.adapter_layer._modules["a1"] = replica
+        close(block(x) - block.linear(x), 3 * (full - block.linear(x)))
+
+
+def test_removed_adapters_are_freed_at_once(block):
+    x = rand(2, D)
+    for context in (block.route_adapters(["a1", "a"]), block.route_adapters(torch.tensor([0, 1]))):
+        with context:
+            block(x)
+    kept = weakref.ref(block.adapter_layer["a1"])
+    gc.disable()
+    try:
+        del block.adapter_layer["a1"]
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("layer", [nn.GELU(), nn.Hardtanh()])
