@@ -133,7 +133,7 @@ def _read(adapters: list[nn.Module], members: list[_Member]) -> list[Tensor] | N
     """The weights of adapters, four each; None if something has changed."""
     form = None
     for member in members:
-        if member.form is not form:  # most are like the one before
+        if member.form is not form:
             form = member.form
             if not form.is_stock():
                 return None
@@ -185,24 +185,25 @@ def _split(
     names = list(adapters)
     weights = AdapterWeights(tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4])
     places: dict[tuple[Form, float, torch.dtype], list[int]] = {}
-    alike = own = None
+    last: tuple[Form, float, torch.dtype] | None = None
+    own: list[int] = []
     for i, (member, depth, down) in enumerate(zip(members, depths, weights.down, strict=True)):
-        same = alike is not None and member.form is alike[0] and depth == alike[1]
-        if alike is None or own is None or not same or down.dtype is not alike[2]:
-            alike = (member.form, depth, down.dtype)
-            own = places.setdefault(alike, [])
+        alike = (member.form, depth, down.dtype)
+        if alike != last:  # most are like the one before
+            last, own = alike, places.setdefault(alike, [])
         own.append(i)
-    if len(places) == 1 and alike is not None:
-        return [Group(*alike[:2], names, list(adapters.values()), weights, l2_lambdas)]
+    if len(places) == 1 and last is not None:
+        return [Group(*last[:2], names, [*adapters.values()], weights, l2_lambdas)]
     return [
         Group(
-            *alike[:2],
+            form,
+            depth,
             [names[i] for i in own],
             [adapters[names[i]] for i in own],
             AdapterWeights(*([field[i] for i in own] for field in weights)),
             [l2_lambdas[i] for i in own],
         )
-        for alike, own in places.items()
+        for (form, depth, _), own in places.items()
     ]
 
 
