@@ -106,6 +106,42 @@ def test_batch_invariance_of_large_results(norm_position: str, dtype: torch.dtyp
 
 
 @every_dtype
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("hidden_size", [512, 500])
+def test_gradients_of_many_adapters_are_those_of_each_alone(
+    hidden_size: int, stacked: bool, dtype: torch.dtype
+) -> None:
+    """Above 4 MiB in all the CPU stores the gradients of weights past its caches."""
+    bottleneck = 112
+    count = (5 << 20) // (bottleneck * hidden_size * dtype.itemsize)
+    weights = make_weights([bottleneck] * count, hidden_size, dtype=dtype)
+    weights = AdapterWeights(*([w.detach().requires_grad_() for w in f] for f in weights))
+    together = weights
+    if stacked:
+        together = AdapterWeights(
+            *(torch.stack([*f]).detach().requires_grad_() for f in weights),
+        )
+    ids = torch.arange(count).repeat_interleave(torch.arange(count) % 4)
+    ids = ids[torch.randperm(ids.numel())]
+    x, dy = torch.randn(2, ids.numel(), hidden_size).to(dtype)
+
+    def gradients(rows: Tensor, ids: Tensor, weights: AdapterWeights) -> list[Tensor]:
+        flat = [t for f in weights for t in ([f] if isinstance(f, Tensor) else f)]
+        routing = adapter_ext.route(ids, weights.num_adapters)
+        y, _ = adapter_ext.linear_adapter(x[rows], weights, routing)
+        return list(torch.autograd.grad(y, flat, dy[rows]))
+
+    everything = gradients(torch.arange(ids.numel()), ids, together)
+    for a in range(count):
+        rows = (ids == a).nonzero().squeeze(1)
+        own = AdapterWeights(*([field[a]] for field in weights))
+        alone = gradients(rows, torch.zeros(len(rows), dtype=torch.int64), own)
+        got = [g[a] for g in everything] if stacked else everything[a::count]
+        for name, gradient, expected in zip(AdapterWeights._fields, got, alone, strict=True):
+            assert torch.equal(gradient, expected), f"{name} of adapter {a}"
+
+
+@every_dtype
 @every_norm_position
 @pytest.mark.parametrize("order", ["mixed", "sorted"])
 @pytest.mark.parametrize("sizes", [(50, 7), (600, 120)], ids=["50-7", "600-120"])

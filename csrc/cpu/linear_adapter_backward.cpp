@@ -833,7 +833,7 @@ class ColumnPass {
         if constexpr (kRounds) {
           if (sums.rounded) {
             return multiply<C, Product>(sum_rows, sum_columns, row_steps, left, right,
-                                        sums.rounded + element, sums.stride, Into::kNew, ahead);
+                                        sums.rounded + element, sums.stride, sums.first, ahead);
           }
         }
         multiply<C, Product>(sum_rows, sum_columns, row_steps, left, right, sums.data + element,
@@ -898,10 +898,18 @@ class ColumnPass {
         columns % kLanes<C> != 0) {
       return {scratch, scratch_stride, false, Into::kNew, nullptr};
     }
-    if (converts) return {nullptr, stride, true, Into::kNew, static_cast<X*>(gradient) + first};
-    const int64_t matrix_rows = view_.bottleneck * width_ / stride;
-    const Into into = streams<C>(gradient, matrix_rows, stride) ? Into::kStream : Into::kNew;
-    return {static_cast<C*>(gradient) + first, stride, true, into, nullptr};
+    // The adapters' gradients are lists of tensors, or one after the other in one.
+    const int64_t adapters = static_cast<int64_t>(plan_.active.segments.size());
+    const int64_t all_rows = adapters * view_.bottleneck * width_ / stride;
+    const auto into = [&]<class Out>(const Out* to) {
+      return streams<Out>(to, all_rows, stride) ? Into::kStream : Into::kNew;
+    };
+    if (converts) {
+      X* const to = static_cast<X*>(gradient);
+      return {nullptr, stride, true, into(to), to + first};
+    }
+    C* const to = static_cast<C*>(gradient);
+    return {to + first, stride, true, into(to), nullptr};
   }
 
   int64_t row(const Segment& segment, int64_t i) const {

@@ -413,10 +413,10 @@ static void tile(int64_t k_count, const LeftOperand<C>& left, const C* b, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       Out* at = to + v * kLanes<C>;
-      if constexpr (!std::is_same_v<Out, C>) {
-        store<C>(at, sum[row][v]);
-      } else if (into == Into::kStream) {
+      if (into == Into::kStream) {
         stream<C>(at, sum[row][v]);
+      } else if constexpr (!std::is_same_v<Out, C>) {
+        store<C>(at, sum[row][v]);
       } else {
         store<C>(at, into == Into::kSum ? load<C>(at) + sum[row][v] : sum[row][v]);
       }
