@@ -81,7 +81,7 @@ class _Member:
         return type(None), ()  # a copy of an adapter is looked at itself
 
 
-# One object for equal ones, which dictionaries find faster.
+# One object for equal ones, so that comparing them takes no time.
 _forms: dict[Form, Form] = {}
 
 
