@@ -29,8 +29,6 @@ IMPLEMENTATIONS = {"ours": peers.Peer(peers.ours), **PEERS}
 # the peers, which round after every operator, may differ by PEERS_ALLOWANCE times as much.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 PEERS_ALLOWANCE = 10.0
-# Compiling a loop over more adapters takes minutes a case.
-MAX_COMPILED_ADAPTERS = 8
 
 Step = Callable[[], list[Tensor]]
 """What is timed: it returns y, and in training the gradient of every input."""
@@ -124,8 +122,6 @@ def make(case: Case, name: str, problem: peers.Problem) -> peers.Implementation:
     Raises:
         UnavailableError: it is not there, or not for such a case.
     """
-    if name == "compile" and case.adapters > MAX_COMPILED_ADAPTERS:
-        raise peers.UnavailableError(f"compiled for at most {MAX_COMPILED_ADAPTERS} adapters")
     if case.mode == TRAINING and not IMPLEMENTATIONS[name].trains:
         raise peers.UnavailableError("no backward")
     return IMPLEMENTATIONS[name].make(problem)

@@ -36,8 +36,7 @@ class Items {
   Py_ssize_t size() const { return PyTuple_GET_SIZE(tuple_); }
   PyObject* operator[](Py_ssize_t i) const { return PyTuple_GET_ITEM(tuple_, i); }
   PyObject* dict(Py_ssize_t i) const {
-    if (!PyDict_Check((*this)[i]))
-      throw pybind11::type_error("a snapshot has no dict in its place");
+    if (!PyDict_Check((*this)[i])) throw pybind11::type_error("a snapshot lacks a dict");
     return (*this)[i];
   }
   void match(const Items& other) const {

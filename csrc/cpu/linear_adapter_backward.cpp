@@ -898,7 +898,7 @@ class ColumnPass {
         columns % kLanes<C> != 0) {
       return {scratch, scratch_stride, false, Into::kNew, nullptr};
     }
-    // The adapters' gradients are lists of tensors, or one after the other in one.
+    // Those of all adapters count, which push each other out of the caches.
     const int64_t adapters = static_cast<int64_t>(plan_.active.segments.size());
     const int64_t all_rows = adapters * view_.bottleneck * width_ / stride;
     const auto into = [&]<class Out>(const Out* to) {
