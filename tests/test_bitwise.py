@@ -173,6 +173,31 @@ def test_batch_invariance_of_many_rows(
 
 @every_dtype
 @every_norm_position
+@pytest.mark.parametrize("others", [3, 40], ids="{} others".format)
+def test_threads_with_two_large_adapters(
+    others: int, norm_position: str, dtype: torch.dtype, set_num_threads: Callable[[int], None]
+) -> None:
+    """Most rows are of two adapters of many: the CPU's threads share the rows of all then."""
+    case = Case(
+        shape=(1000, 200),
+        bottlenecks=(16, 7, *([5] * others)),
+        dtype=dtype,
+        options={"norm_position": norm_position, **TRAINING["training"]},
+    )
+    call = case.build()
+    ids = torch.tensor([0] * 120 + [1] * 60 + [-1] + [2] * 19).repeat(5)
+    ids[ids == 2] += torch.arange(95) % others
+    call.routing = adapter_ext.route(ids[torch.randperm(1000)], 2 + others)
+    set_num_threads(1)
+    expected = call.results()
+    assert_results_close(expected, call.upcast().results(reference.linear_adapter), dtype)
+    for threads in (2, 3):
+        set_num_threads(threads)
+        assert_same_bits(call.results(), expected)
+
+
+@every_dtype
+@every_norm_position
 @every_hidden_size
 @every_bottleneck
 def test_batch_invariance(
