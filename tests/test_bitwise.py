@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_testing import Case, Results, assert_results_close, make_weights
+from op_testing import Case, Results, assert_results_close, make_weights, replace
 from torch import Tensor
 
 import adapter_ext
@@ -276,6 +276,23 @@ def test_layout_invariance(norm_position: str, dtype: torch.dtype) -> None:
     call.x = x.mT.contiguous().mT.requires_grad_()
     call.dy = call.dy.mT.contiguous().mT
     assert_same_bits(call.results(), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 3, 40], ids="rows={}".format)
+def test_weights_of_one_row_repeated(rows: int, dtype: torch.dtype) -> None:
+    """Rows of a weight may be the same memory, 0 elements apart."""
+    call = Case(shape=(rows, 70), bottlenecks=(40,), routing="none", dtype=dtype).build()
+    repeated = [
+        weight.detach()[:1].expand_as(weight).requires_grad_()
+        for weight in (call.weights.down[0], call.weights.up[0])
+    ]
+    assert repeated[0].stride(0) == 0
+    results = []
+    for down, up in (repeated, [w.detach().clone().requires_grad_() for w in repeated]):
+        call.weights = replace(call.weights, down=[down], up=[up])
+        results.append(call.results())
+    assert_same_bits(*results)
 
 
 @every_norm_position

@@ -289,24 +289,6 @@ def _every_other_of_larger(bank: torch.Tensor) -> torch.Tensor:
     return wide[::2, ..., 1:-4]
 
 
-@every_dtype
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_weights_of_one_row_repeated(rows: int, dtype: torch.dtype) -> None:
-    """Rows of a weight may be the same memory, 0 elements apart."""
-    call = Case(shape=(rows, 70), bottlenecks=(40,), routing="none", dtype=dtype).build()
-    repeated = [
-        weight.detach()[:1].expand_as(weight).requires_grad_()
-        for weight in (call.weights.down[0], call.weights.up[0])
-    ]
-    results = []
-    for down, up in (repeated, [w.detach().clone().requires_grad_() for w in repeated]):
-        call.weights = replace(call.weights, down=[down], up=[up])
-        results.append(call.results())
-    assert repeated[0].stride(0) == 0
-    for name, result in results[0].items():
-        assert torch.equal(result, results[1][name]), name
-
-
 def test_lists_and_stacked_agree() -> None:
     lists = Case(bottlenecks=(6, 6, 6), options=TRAINING["all-call"]).build()
     stacked = Case(bottlenecks=(6, 6, 6), options=TRAINING["all-call"]).build()
