@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_testing import Case, Results, assert_results_close, make_weights, replace
+from op_testing import Call, Case, Results, assert_results_close, make_weights, replace
 from torch import Tensor
 
 import adapter_ext
@@ -32,6 +32,16 @@ every_bottleneck = pytest.mark.parametrize("bottleneck", [7, 16, 64])
 def assert_same_bits(actual: Results, expected: Results) -> None:
     for name, result in actual.items():
         assert torch.equal(result, expected[name]), name
+
+
+def results_of_any_threads(call: Call, set_num_threads: Callable[[int], None]) -> Results:
+    """The results of a call, which 1, 2 and 3 threads have to the bit."""
+    set_num_threads(1)
+    expected = call.results()
+    for threads in (2, 3):
+        set_num_threads(threads)
+        assert_same_bits(call.results(), expected)
+    return expected
 
 
 @every_dtype
@@ -69,11 +79,7 @@ def test_threads_that_share_the_columns(
 ) -> None:
     """Few rows of one large adapter, where threads share the columns and not the rows."""
     call = Case(shape=(rows, 2050), bottlenecks=(130,), routing="none", dtype=dtype).build()
-    set_num_threads(1)
-    expected = call.results()
-    for threads in (2, 3):
-        set_num_threads(threads)
-        assert_same_bits(call.results(), expected)
+    results_of_any_threads(call, set_num_threads)
 
 
 def rows_alone_and_together(
@@ -163,12 +169,8 @@ def test_batch_invariance_of_many_rows(
     call = case.build()
     ids = torch.tensor([0] * 10 + [1, 1, -1]).repeat(200)
     call.routing = adapter_ext.route(ids if order == "mixed" else ids.sort().values, 3)
-    set_num_threads(1)
-    expected = call.results()
-    assert_results_close(expected, call.upcast().results(reference.linear_adapter), dtype)
-    for threads in (2, 3):
-        set_num_threads(threads)
-        assert_same_bits(call.results(), expected)
+    results = results_of_any_threads(call, set_num_threads)
+    assert_results_close(results, call.upcast().results(reference.linear_adapter), dtype)
 
 
 @every_dtype
@@ -188,12 +190,8 @@ def test_threads_with_two_large_adapters(
     ids = torch.tensor([0] * 120 + [1] * 60 + [-1] + [2] * 19).repeat(5)
     ids[ids == 2] += torch.arange(95) % others
     call.routing = adapter_ext.route(ids[torch.randperm(1000)], 2 + others)
-    set_num_threads(1)
-    expected = call.results()
-    assert_results_close(expected, call.upcast().results(reference.linear_adapter), dtype)
-    for threads in (2, 3):
-        set_num_threads(threads)
-        assert_same_bits(call.results(), expected)
+    results = results_of_any_threads(call, set_num_threads)
+    assert_results_close(results, call.upcast().results(reference.linear_adapter), dtype)
 
 
 @every_dtype
