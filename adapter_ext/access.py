@@ -62,6 +62,14 @@ def _plain(cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     return dict(cfg)
 
 
+def without(reduced: Any, *attributes: str) -> Any:
+    """What ``__reduce_ex__`` returns, less some attributes, which a copy is not to have."""
+    if isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict):
+        state = {key: value for key, value in reduced[2].items() if key not in attributes}
+        return (*reduced[:2], state, *reduced[3:])
+    return reduced
+
+
 class AccessMixin(ABC):
     """Lets a module leave tensors for a training loop to collect.
 
@@ -87,6 +95,10 @@ class AccessMixin(ABC):
         with _lock:
             _modules.add(self)
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The tensors belong to a step of the original: graphs can't be copied.
+        return without(super().__reduce_ex__(protocol), "_registry", "_access_guids")
 
     def register_accessible_tensor(self, name: str, tensor: Tensor) -> None:
         """Appends a tensor to this module's registry.

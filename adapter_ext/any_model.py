@@ -222,6 +222,9 @@ def checkpoint_context(
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         routes = {host: routes_in_force(host) for host in hosts_of(model)}
+        for own in routes.values():
+            if own is not None:
+                own.for_backward = True
         return nullcontext(), routed_hosts({h: r for h, r in routes.items() if r is not None})
 
     return contexts

@@ -185,7 +185,8 @@ class LinearLayer:
             dropout: probability of the active dropout behind the layers, 0 for none.
         """
         tensors = read_parameters([self.sequence], [self.snapshot])
-        if tensors is None:
+        # The op has the same type for all weights, PyTorch's layers have not.
+        if tensors is None or len({tensor.dtype for tensor in tensors}) > 1:
             return None
         settings = self._settings._replace(dropout=dropout) if dropout else self._settings
         return FusedCall(tuple(tensors), settings)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adapter_ext.access import ADAPTER_LOSS, AccessMixin
+from adapter_ext.access import ADAPTER_LOSS, AccessMixin, without
 from adapter_ext.listing import AdapterInfo, AdapterTable
 from adapter_ext.names import GLOBAL_CONFIG, METADATA, check_adapter_name
 from adapter_ext.registry import (
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 _OF_A_MODEL = (
     "adapter {!r} was added to a whole model: call this on the model, which may have it in other "
     "modules as well"
+)
+_TO_A_MODEL = (
+    "adapter {!r}: this {} belongs to a model, whose configuration has no adapter of that name; "
+    "add it to the model: else the model could not be restored from its files"
 )
 
 # What of a module changes as adapters are added, besides adapter_layer.
@@ -86,8 +90,9 @@ class AdapterModuleMixin(ABC):
     # The routes in force, the innermost last, each with the thread that set it. Plain attributes:
     # torch.compile refuses ContextVar, and reads a thread-local once and for all.
     _adapter_routes: tuple[tuple[int, Routes], ...] = ()
-    # Whether the last call was routed, by which a later call finds that it lacks the routes.
-    _was_routed = False
+    # The marks of the routes of the last call with gradients (True) and without, either of which a
+    # checkpoint's may be: by them a call that computes it again finds that it has other routes.
+    _last_routes: Mapping[bool, object] = {}
     _sample_counter: Counter | None = None
 
     # --- Adding -----------------------------------------------------------------------------------
@@ -104,13 +109,16 @@ class AdapterModuleMixin(ABC):
         Raises:
             TypeError: if cfg is of another type, or the adapter refuses its arguments.
             ValueError: if the name is taken, reserved or malformed, the adapter's type is unknown
-                or not accepted here, or ``enabled`` is no bool. Nothing has changed then.
+                or not accepted here, ``enabled`` is no bool, or this module belongs to a model that
+                was given adapters, but not this one. Nothing has changed then.
         """
         plain = to_plain_config(cfg)
         if self.get_accepted_adapter_types():
             self.check_supported_adapter_type_(OmegaConf.create(plain))
         _, name = self.resolve_adapter_module_name_(name)
         check_adapter_name(name, self._adapters())
+        if self._shares_adapter_cfg and name not in cast(DictConfig, self.adapter_cfg):
+            raise ValueError(_TO_A_MODEL.format(name, type(self).__name__))
         enabled = plain.pop("enabled", True)
         if not isinstance(enabled, bool):
             raise ValueError(f"enabled of adapter {name!r} must be a bool, got {enabled!r}")
@@ -400,15 +408,21 @@ class AdapterModuleMixin(ABC):
 
         Raises:
             AttributeError: if an adapter has no ``adapter_strategy``.
-            RuntimeError: in a backward pass, if this was routed when it was computed first.
+            RuntimeError: in a backward pass, if this had other routes when it was computed first.
             ValueError: under routing, if input does not fit the routes.
         """
         routes = routes_in_force(self) if self._adapter_routes or _traced_routes else None
         if not torch.compiler.is_compiling():
+            mark = None if routes is None else routes.mark
             # Within a backward pass: torch.utils.checkpoint computes the module again.
             if torch._C._current_graph_task_id() == -1:
-                self.__dict__["_was_routed"] = routes is not None
-            elif self._was_routed and routes is None:
+                last = {**self._last_routes, torch.is_grad_enabled(): mark}
+                self.__dict__["_last_routes"] = last
+            elif (
+                self._last_routes
+                and mark not in self._last_routes.values()
+                and not (routes is not None and routes.for_backward)
+            ):
                 raise RuntimeError(
                     f"a routed {type(self).__name__} is now computed again, for the backward, "
                     f"without the routes; give torch.utils.checkpoint (use_reentrant=False) "
@@ -471,12 +485,8 @@ class AdapterModuleMixin(ABC):
     # --- Helpers ----------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict):
-            # Nobody has routed a copy.
-            state = {key: value for key, value in reduced[2].items() if key != "_adapter_routes"}
-            reduced = (*reduced[:2], state, *reduced[3:])
-        return reduced
+        # Nobody has routed a copy.
+        return without(super().__reduce_ex__(protocol), "_adapter_routes", "_last_routes")
 
     def _host(self) -> nn.Module:
         return cast(nn.Module, self)
@@ -485,19 +495,28 @@ class AdapterModuleMixin(ABC):
         self, cfg: DictConfig, enabled: Mapping[str, bool], model_guid: str | None
     ) -> None:
         """Makes the configuration of a whole model this module's; it says what is enabled."""
-        if not self._shares_adapter_cfg:
-            own = [name for name in self._adapters() if name not in enabled]
-            if own:
-                raise ValueError(
-                    f"a {type(self).__name__} of this model has adapters {own} that were added to "
-                    f"it alone; add them to the model"
-                )
         self._shares_adapter_cfg = True
         self._refer_to(cfg)
         self._enable(enabled)
         if model_guid is not None:
             # Auxiliary losses are registered under the name by which the model asks for them.
             self.model_guid = model_guid
+
+    def _check_sharing(self, names: Iterable[str], model_guid: str | None) -> None:
+        """Checks that a model with adapters of these names may have this module's looked after."""
+        adapters, kind = list(self._adapters()), type(self).__name__
+        if not self._shares_adapter_cfg:
+            own = [name for name in adapters if name not in names]
+            if own:
+                raise ValueError(
+                    f"a {kind} of this model has adapters {own} that were added to it alone; add "
+                    f"them to the model"
+                )
+        elif adapters and getattr(self, "model_guid", None) != model_guid:
+            raise ValueError(
+                f"a {kind} of this model has adapters {adapters} that another model was given, "
+                f"which would lose their configuration; one of both models can have adapters"
+            )
 
     def _refer_to(self, cfg: DictConfig) -> None:
         self._adapter_cfg = cfg

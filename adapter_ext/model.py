@@ -127,6 +127,12 @@ class ModelPT(NeuralModule):
             if getattr(module, "model_guid", None) == old:
                 setattr(module, "model_guid", new)  # noqa: B010 - it is no attribute of nn.Module
 
+    def __copy__(self) -> Self:
+        """A shallow copy has the modules of the original, and so its guid."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     @property
     def cfg(self) -> DictConfig:
         """The configuration; assigning one copies it."""

@@ -88,8 +88,10 @@ class AdapterModelPTMixin(AdapterModuleMixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in _TRANSACTIONS:
-            if name in cls.__dict__:
-                setattr(cls, name, _in_a_transaction(cls.__dict__[name]))
+            # Of the class, or of another base than this one and its own subclasses.
+            found = getattr(cls, name)
+            if found is not getattr(AdapterModelPTMixin, name) and not _is_a_transaction(found):
+                setattr(cls, name, _in_a_transaction(found))
 
     # --- Where adapters can be --------------------------------------------------------------------
 
@@ -174,13 +176,19 @@ class AdapterModelPTMixin(AdapterModuleMixin):
 
         Args:
             cfg: ``model.cfg.adapters``; the modules refer to it, they get no copy.
+
+        Raises:
+            ValueError: if a module has adapters that were added to it alone, or by another model.
         """
         hosts = [host for host in hosts_of(self._host()) if host is not self]
         names = {name for host in hosts for name in host._adapters()}
         # Read once for all modules: configurations are slow to read.
         enabled = {k: cfg[k].get("enabled", True) for k in cfg.keys() if k in names}  # noqa: SIM118
+        guid = getattr(self, "model_guid", None)
         for host in hosts:
-            host._share_adapter_cfg(cfg, enabled, getattr(self, "model_guid", None))
+            host._check_sharing(enabled, guid)
+        for host in hosts:
+            host._share_adapter_cfg(cfg, enabled, guid)
 
     def _refer_to(self, cfg: DictConfig) -> None:
         self.adapter_cfg = cfg
@@ -373,13 +381,20 @@ class AdapterModelPTMixin(AdapterModuleMixin):
 
         Raises:
             AttributeError: if there are no adapters.
-            ValueError: if there is none of that name or in that place, or the suffix is another.
+            ValueError: if there is none of that name or in that place, the suffix is another, or
+                the configuration has no adapters.
         """
         if not self.is_adapter_available():
             raise AttributeError("there are no adapters to save: add one with add_adapter first")
+        known = self._known_adapters()
+        if not known:
+            raise ValueError(
+                "there are adapters in the model, but none in its configuration; was cfg assigned "
+                "after they were added?"
+            )
         saved: dict[str, files.SavedAdapter] = {}
         places = self._metadata()
-        for key in self._known_adapters() if name is None else [self._require(name)]:
+        for key in known if name is None else [self._require(name)]:
             hosts = [(p, h) for p, h in named_hosts(self._host()) if key in h._adapters()]
             if not hosts:
                 raise ValueError(f"adapter {key!r} is in the configuration, but in no module")
@@ -390,7 +405,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
                 paths=[path for path, _ in hosts],
                 states=[host._adapters()[key].state_dict() for _, host in hosts],
             )
-        settings = to_plain_config(self.adapter_cfg[self.adapter_global_cfg_key])
+        settings = to_plain_config(self.adapter_cfg.get(self.adapter_global_cfg_key) or {})
         settings.pop(self.adapter_metadata_cfg_key, None)
         files.write_adapters(filepath, files.AdapterFile(saved, settings))
 
@@ -565,7 +580,12 @@ def _in_a_transaction(function: Callable[..., Any]) -> Callable[..., Any]:
                 self._warn_without_module(args[0] if args else kwargs["name"])
             return result
 
+    wrapper._is_a_transaction = True  # type: ignore[attr-defined]
     return wrapper
+
+
+def _is_a_transaction(function: Callable[..., Any]) -> bool:
+    return getattr(function, "_is_a_transaction", False)
 
 
 def _outermost_hosts(module: nn.Module, model: nn.Module) -> list[AdapterModuleMixin]:

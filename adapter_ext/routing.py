@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from adapter_ext import ops, sample_counts
 from adapter_ext.fused import autocast_dtype
@@ -19,6 +20,7 @@ from adapter_ext.mixin import (
     hosts_of,
     leave_traced_routes,
 )
+from adapter_ext.model_mixin import AdapterModelPTMixin
 from adapter_ext.strategies import (
     AbstractAdapterStrategy,
     register_adapter_loss,
@@ -141,6 +143,7 @@ def _from_names(
             f"names must be a sequence of names, one a sample, or an int64 tensor of indices; "
             f"got {names if isinstance(names, str) else type(names).__name__!r}"
         )
+    names = [_without_place(module, name) for name in names]
     used = {name: i for i, name in enumerate(dict.fromkeys(n for n in names if n is not None))}
     unknown = set(used)
     for host in hosts:
@@ -157,6 +160,13 @@ def _from_names(
     others = [name for name in shared if name not in used]
     # Samples are counted here also where all adapters have some: they may have none elsewhere.
     return Routes((*used, *others), ids, any_may_be_idle=bool(shared), shared=bool(others))
+
+
+def _without_place(module: nn.Module, name: str | None) -> str | None:
+    """The adapter's own name; that a model gave it to the place is checked there."""
+    if isinstance(module, AdapterModelPTMixin) and isinstance(name, str) and ":" in name:
+        return module._require(name)
+    return name
 
 
 def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin]) -> Routes:
@@ -255,6 +265,14 @@ class Routes:
         self.any_may_be_idle = any_may_be_idle
         self._shared = shared
         self._used = used
+        # Of checkpoints, which compiled code has no part in. A mark tells which routes these are
+        # where they are not to be kept. `for_backward`: whether a backward may compute by them, as
+        # they were made in one, or kept for it by checkpoint_context.
+        self.mark: object = None
+        self.for_backward = False
+        if not torch.compiler.is_compiling():
+            self.mark = object()
+            self.for_backward = torch._C._current_graph_task_id() != -1
         # What layers share: made once a batch. Empty forever in compiled code, which would
         # recompile as it fills, and which merges equal calls itself.
         self._cache: dict[Any, Any] = {}
@@ -296,12 +314,13 @@ class Routes:
         if (
             self.any_may_be_idle
             and counter is not None
-            and x.requires_grad
+            and (x.requires_grad or _is_transformed())
             and torch.is_grad_enabled()
+            and forward_ad._current_level < 0
             and not torch.compiler.is_exporting()
         ):
             offsets = self._routing(counter.names, x.device).offsets
-            x = sample_counts.count(counter, x, offsets.diff())
+            x = sample_counts.count(host, counter, x, offsets.diff())
         return x
 
     def _chosen(self, host: AdapterModuleMixin) -> dict[str, nn.Module]:
@@ -332,7 +351,7 @@ class Routes:
             eps=settings.eps,
             dropout=settings.dropout,
             stochastic_depth=group.stochastic_depth,
-            l2_lambda=self._l2_lambda(tuple(group.l2_lambdas), x.device),
+            l2_lambda=self._l2_lambda(tuple(group.l2_lambdas), x),
             residual=group.form.residual,
             # Everything that differs in training is 0 where it is not active.
             training=bool(settings.dropout or group.stochastic_depth or any(group.l2_lambdas)),
@@ -386,22 +405,29 @@ class Routes:
             return self.ids
         return cast(Tensor, self._once(device, lambda: self.ids.to(device)))
 
-    def _l2_lambda(self, values: tuple[float, ...], device: torch.device) -> float | Tensor:
+    def _l2_lambda(self, values: tuple[float, ...], x: Tensor) -> float | Tensor:
         if len(set(values)) == 1:
             return values[0]
+        dtype, device = torch.promote_types(x.dtype, torch.float32), x.device
         return cast(
             Tensor,
-            self._once((values, device), lambda: _constant(values, torch.float32, device)),
+            self._once((values, dtype, device), lambda: _constant(values, dtype, device)),
         )
 
     def _once(self, key: Any, make: Any) -> Any:
-        if torch.compiler.is_compiling():
+        # What torch.func made belongs to one of its levels.
+        if torch.compiler.is_compiling() or _is_transformed():
             return make()
         # Tensors that were made in inference mode can't be used in training later.
         key = (key, torch.is_inference_mode_enabled())
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, which hides that gradients are required."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _version(ids: Tensor) -> int | None:

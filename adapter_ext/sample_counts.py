@@ -31,6 +31,8 @@ class Counter(NamedTuple):
 class _Count(torch.autograd.Function):
     """The identity, in whose backward the counts become the gradient of the total."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(y: Tensor, total: Tensor, counts: Tensor) -> Tensor:
         return y.detach()  # the same memory, but no view, about which fully_shard would warn
@@ -60,10 +62,11 @@ def prepare(host: AdapterModuleMixin) -> None:
         object.__setattr__(host, "_sample_counter", Counter(names, total))
 
 
-def count(counter: Counter, y: Tensor, counts: Tensor) -> Tensor:
+def count(host: AdapterModuleMixin, counter: Counter, y: Tensor, counts: Tensor) -> Tensor:
     """Lets the backward through a host's result count samples.
 
     Args:
+        host: where all gradients of its adapters are gone, the count starts anew.
         counter: the host's.
         y: its result.
         counts: int64 ``[A]``, samples of each of the counter's adapters.
@@ -71,6 +74,10 @@ def count(counter: Counter, y: Tensor, counts: Tensor) -> Tensor:
     Returns:
         y.
     """
+    if not torch.compiler.is_compiling() and counter.total.grad is not None:
+        parameters = (p for adapter in host._adapters().values() for p in adapter.parameters())
+        if all(p.grad is None for p in parameters):
+            counter.total.grad = None
     return cast(Tensor, _Count.apply(y, counter.total, counts))  # type: ignore[no-untyped-call]
 
 

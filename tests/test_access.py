@@ -197,3 +197,15 @@ def test_propagate_model_guid():
     model.model_guid = "g"
     model.propagate_model_guid()
     assert model.leaf.model_guid == "g"
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+def test_a_copy_has_no_losses_of_the_original(block, make_copy):
+    """Copying a module whose losses nobody had reset was an error: graphs can't be copied."""
+    block(rand(3, D))
+    assert block.adapter_losses()
+    copied = make_copy(block)
+    assert not copied.adapter_losses()
+    assert block.adapter_losses()
+    copied(rand(3, D))
+    assert copied.adapter_losses()

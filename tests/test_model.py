@@ -26,7 +26,14 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import adapter_ext
-from adapter_ext import FileError, LinearAdapter, ModelPT, NeuralModule
+from adapter_ext import (
+    AccessMixin,
+    FileError,
+    LinearAdapter,
+    ModelPT,
+    NeuralModule,
+    ResidualAddAdapterStrategyConfig,
+)
 
 
 class Net(NeuralModule):
@@ -311,3 +318,15 @@ def test_replaced_classes_are_in_the_saved_configuration(tmp_path):
     again = StockModel.restore_from(tmp_path / "model.nemo")
     assert type(again.encoder.blocks[0]) is BlockWithAdapters
     assert_same_tensors(again.state_dict(), model.state_dict())
+
+
+def test_a_shallow_copy_leaves_the_original_its_guid():
+    """Its hosts got another guid, under which nobody asked for their losses."""
+    model = make_model(StockModel)
+    add(model, "a", adapter_strategy=ResidualAddAdapterStrategyConfig(l2_lambda=0.1))
+    guid = model.model_guid
+    assert copy.copy(model).encoder is model.encoder
+    assert model.model_guid == guid
+    model.train()(inputs())
+    assert AccessMixin.is_access_enabled(guid)
+    AccessMixin.reset_registry(model)

@@ -22,6 +22,7 @@ from model_testing import (
     adapter_state,
     add,
     assert_same_tensors,
+    hosts,
     inputs,
     make_model,
     model_config,
@@ -691,3 +692,81 @@ def test_the_mixin_alone_is_enough():
     assert [row.where for row in model.list_adapters()] == ["blocks.0", "blocks.1", "blocks.2"]
     again = Small(model.cfg)
     assert again.list_adapters() == model.list_adapters()
+
+
+class Outer(adapter_ext.ModelPT, AdapterModelPTMixin):
+    """A model around another one, or beside it with the same encoder."""
+
+    def __init__(self, cfg, **parts):
+        super().__init__(cfg)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.own = make_model(StockModel).decoder
+
+    default_adapter_module_name = "own"
+
+
+@pytest.mark.parametrize("shared", ["model", "encoder"])
+def test_a_model_leaves_the_adapters_of_another_alone(shared, tmp_path):
+    """It took over their configuration, which disabled them and lost it."""
+    model = make_model(StockModel, "a")
+    x = inputs()
+    before, config = model(x), OmegaConf.to_yaml(model.cfg)
+    outer = Outer({}, part=model if shared == "model" else model.encoder)
+    with pytest.raises(ValueError, match="has adapters \\['a'\\] that another model was given"):
+        outer.add_adapter("b", adapter_config())
+    assert "adapters" not in outer.cfg
+    assert OmegaConf.to_yaml(model.cfg) == config
+    assert torch.equal(model(x), before)
+    model.save_to(tmp_path / "model.nemo")
+    assert torch.equal(StockModel.restore_from(tmp_path / "model.nemo").eval()(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_host_of_a_model_gets_no_adapter_that_the_model_does_not_know(kind):
+    """Neither archives nor files of adapters could be read again."""
+    model = make_model(kind, "a")
+    host = model.encoder.blocks[0]
+    with pytest.raises(ValueError, match="'b': this BlockWithAdapters belongs to a model"):
+        host.add_adapter("b", adapter_config())
+    assert list(host.adapter_layer) == ["a"]
+
+
+def test_an_override_in_a_plain_base_class_is_undone_where_it_fails():
+    class Dispatch:
+        def add_adapter(self, name, cfg):
+            super().add_adapter(name, cfg)
+            for block in self.encoder.blocks:
+                block.add_adapter(name, cfg)
+            raise ValueError("in the end")
+
+    class Model(Dispatch, StockModel):
+        pass
+
+    model = make_model(Model)
+    with pytest.raises(ValueError, match="in the end"):
+        model.add_adapter("a", adapter_config())
+    assert "adapters" not in model.cfg
+    assert not hosts(model)
+
+
+@pytest.mark.parametrize("cfg", [{}, {"adapters": {"global_cfg": {}}}], ids=["none", "empty"])
+def test_adapters_that_a_new_configuration_lacks_are_not_saved_as_none(cfg, tmp_path):
+    """A file without adapters was written."""
+    model = make_model(StockModel, "a")
+    model.cfg = cfg
+    with pytest.raises(ValueError, match="was cfg assigned after they were added"):
+        model.save_adapters(tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_routing_takes_names_with_their_place():
+    model = make_model(StockModel, "a", "decoder:b")
+    x = inputs()[:2]
+    with model.route_adapters(["a", "b"]):
+        expected = model(x)
+    with model.route_adapters(["encoder:a", "decoder:b"]):
+        assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match="'b' is not in 'encoder'"):  # noqa: SIM117
+        with model.route_adapters(["a", "encoder:b"]):
+            pass

@@ -992,3 +992,50 @@ def test_linear_adapter_called_by_itself_is_not_routed(block):
     x = rand(3, D)
     with block.route_adapters(["a"]):
         close(adapter(x), formula(adapter, x))
+
+
+def test_a_norm_in_another_type_than_the_products():
+    """A float32 norm beside bfloat16 products was an error."""
+    block = make_block("a", "b", dtype=torch.bfloat16)
+    block.adapter_layer["a"].module[0].float()
+    x = rand(2, 3, D, dtype=torch.bfloat16)
+    with block.route_adapters(["a", "b"]):
+        y = block(x)
+    for i, name in enumerate("ab"):
+        with block.route_adapters([name]):
+            assert torch.equal(block(x[i : i + 1])[0], y[i])
+        row = block.linear(x[i])
+        expected = row + block.adapter_layer[name].module(row)
+        torch.testing.assert_close(y[i], expected, atol=0.03, rtol=0.03)
+
+
+def test_different_l2_weights_in_float64():
+    """They went by float32."""
+    block = make_block()
+    for name, weight in (("a", 0.1), ("b", 0.2)):
+        strategy = ResidualAddAdapterStrategyConfig(l2_lambda=weight)
+        block.add_adapter(name, config(adapter_strategy=strategy))
+    randomize(block)
+    block.train()
+    x = rand(2, 3, D)
+    losses = []
+    for names in (["a", "b"], ["a"], ["b"]):
+        with block.route_adapters(names):
+            block(x if len(names) == 2 else x["ab".index(names[0])][None])
+        losses.append(block.adapter_losses())
+        block.reset_adapter_losses()
+    torch.testing.assert_close(losses[0], {**losses[1], **losses[2]}, rtol=1e-13, atol=0.0)
+
+
+def test_counts_of_a_step_that_was_left_out():
+    """Adapters with samples only in it were stepped in the next one, with gradients of zero."""
+    block = make_block("a", "b")
+    optimizer = adapter_ext.optim.AdamW(block, lr=0.1)
+    before = copy.deepcopy(block.adapter_layer["b"])
+    for ids in ([1, 1], [0, 0]):
+        block.zero_grad()
+        with block.route_adapters(torch.tensor(ids)):
+            block(rand(2, D)).sum().backward()
+    optimizer.step()
+    for old, new in zip(before.parameters(), block.adapter_layer["b"].parameters(), strict=True):
+        assert torch.equal(old, new)

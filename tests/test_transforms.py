@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
-from layer_testing import Block, D, config, make_block, rand, randomize
+from layer_testing import Block, D, config, formula, make_block, rand, randomize
 from op_testing import Call, Case, map_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -419,3 +419,80 @@ def test_deterministic_algorithms(names: Any) -> None:
     call.results()
     call.results(create_graph=True)
     assert isinstance(call.weights, AdapterWeights)
+
+
+every_kind_of_names = pytest.mark.parametrize("names", [["a", "b"], torch.tensor([0, 1])], ids=type)
+
+
+@every_kind_of_names
+@pytest.mark.parametrize("trained", [True, False])
+def test_every_transform_under_routing(names: Any, trained: bool) -> None:
+    """Some failed where samples are counted, or on tensors of a transform that had ended."""
+    block = make_block("a", "b").requires_grad_(trained)
+    x, t = rand(2, D), rand(2, D, seed=2)
+
+    def loss(x: Tensor) -> Tensor:
+        return block(x).pow(3).sum()
+
+    def transforms() -> list[Tensor]:
+        func = torch.func
+        return [
+            func.hessian(loss)(x),
+            func.grad(loss)(x),
+            func.jvp(block, (x,), (t,))[1],
+            func.linearize(block, x)[1](t),
+            torch.vmap(func.grad(loss))(torch.stack([x, t])),
+            func.jacrev(block)(x),
+        ]
+
+    with block.route_adapters(names):
+        routed = transforms()
+
+    def chosen(x: Tensor) -> Tensor:
+        rows = [block.linear(x[i : i + 1]) for i in range(2)]
+        ran = [formula(block.adapter_layer[n], row) for n, row in zip("ab", rows, strict=True)]
+        return torch.cat([row + own for row, own in zip(rows, ran, strict=True)])
+
+    block_forward, block.forward = block.forward, chosen
+    close(routed, transforms())
+    block.forward = block_forward
+
+
+def test_vmap_counts_samples() -> None:
+    """Adapters without any were stepped."""
+    block = make_block("a", "b").requires_grad_(True)
+    optimizer = adapter_ext.optim.AdamW(block, lr=0.1)
+    before = copy.deepcopy(block.adapter_layer)
+    with block.route_adapters(torch.tensor([0, 0])):
+        torch.vmap(block)(rand(3, 2, D)).sum().backward()
+    optimizer.step()
+    for name, changes in (("a", True), ("b", False)):
+        parameters = zip(
+            before[name].parameters(), block.adapter_layer[name].parameters(), strict=True
+        )
+        assert any(not torch.equal(*pair) for pair in parameters) is changes
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_with_other_routes_is_an_error(reentrant: bool) -> None:
+    """It gave other gradients without a word."""
+    block = make_block("a", "b")
+    x = rand(2, D).requires_grad_()
+    with block.route_adapters(["a", "a"]):
+        y = checkpoint(block, x, use_reentrant=reentrant)
+    with (
+        block.route_adapters(["b", "b"]),
+        pytest.raises(RuntimeError, match="computed again, for the backward, without the routes"),
+    ):
+        y.sum().backward()
+
+
+def test_recomputation_is_not_mistaken_after_a_call_without_gradients() -> None:
+    """A call that was routed meanwhile made an error of it."""
+    block = make_block("a", "b")
+    x = rand(2, D).requires_grad_()
+    y = checkpoint(block, x, use_reentrant=False)
+    with torch.no_grad(), block.route_adapters([None, "a"]):
+        block(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    close(grad, torch.autograd.grad(block(x).sum(), x)[0])
