@@ -19,7 +19,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from adapter_ext.files import atomic_write
-from adapter_ext.torch_file import DTYPES, FileError, read_torch_file, reading
+from adapter_ext.torch_file import (
+    DTYPES,
+    FileError,
+    read_torch_file,
+    reading,
+    versions_of,
+    with_versions,
+)
 
 _CONFIG = "model_config.yaml"
 _WEIGHTS = "model_weights.ckpt"
@@ -44,7 +51,7 @@ def write_archive(
         path: the file.
         config: the model's configuration, of plain values; references (``${a.b}``) stay as they
             are.
-        state: the model's state dict.
+        state: the model's state dict; the versions of its modules are written as well.
 
     Raises:
         FileError: if config or state has something that :func:`read_archive` would refuse.
@@ -53,7 +60,7 @@ def write_archive(
     try:
         text = OmegaConf.to_yaml(OmegaConf.create(config)).encode()
         _parse_config(text)
-        _check_state(dict(state))
+        state = _check_state(state)
     except Exception as error:
         raise FileError(f"{os.fspath(path)} can't be written: {error}") from error
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
@@ -61,7 +68,7 @@ def write_archive(
         # In the same folder: there must be room for it anyway.
         folder = os.path.dirname(os.path.realpath(path))
         with tempfile.TemporaryFile(dir=folder) as weights:
-            torch.save({key: _as_stored(tensor) for key, tensor in state.items()}, weights)
+            torch.save(_changed(state, _as_stored), weights)
             weights.seek(0)
             try:
                 read_torch_file(cast(BinaryIO, weights), values=False)
@@ -80,7 +87,8 @@ def read_archive(
         map_location: device of the tensors; None means the CPU.
 
     Returns:
-        The configuration, of plain values with references left unresolved, and the state dict.
+        The configuration, of plain values with references left unresolved, and the state dict,
+        with the versions of its modules if the file has them.
 
     Raises:
         FileError: if the file is of another kind, truncated or corrupted, or holds anything that
@@ -94,7 +102,7 @@ def read_archive(
         config = _parse_config(members[_CONFIG].read(_MAX_CONFIG_BYTES + 1))
         state = _check_state(read_torch_file(members[_WEIGHTS]))
     if map_location is not None:
-        state = {key: tensor.to(map_location) for key, tensor in state.items()}
+        state = _changed(state, lambda tensor: tensor.to(map_location))
     return config, state
 
 
@@ -112,8 +120,14 @@ def _as_stored(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if expanded else tensor
 
 
+def _changed(state: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    tensors = {key: change(tensor) for key, tensor in state.items()}
+    return with_versions(tensors, versions_of(state))
+
+
 def _check_state(state: Any) -> dict[str, Tensor]:
-    if not isinstance(state, dict):
+    """The state dict, with no other metadata than versions."""
+    if not isinstance(state, Mapping):
         raise FileError(f"{_WEIGHTS} holds no state dict but an object of type {type(state)}")
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
@@ -128,7 +142,7 @@ def _check_state(state: Any) -> dict[str, Tensor]:
                 f"{key!r} in {_WEIGHTS} must be a dense tensor of a common type, got "
                 f"{tensor.layout}, {tensor.dtype} on {tensor.device}"
             )
-    return state
+    return with_versions(state, versions_of(state))
 
 
 # --- The tar --------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A ``.safetensors`` file names each tensor as the model's state dict does, and its metadata hold
 ``format`` ("adapter_ext"), ``format_version``, ``adapters`` (JSON: by name the module, the paths of
-the host modules, and the configuration), ``global_cfg`` (JSON) and ``sha256``, over all the rest.
+the host modules, the configuration, and for each host the versions of the adapter's modules),
+``global_cfg`` (JSON) and ``sha256``, over all the rest.
 
 A ``.pt`` file is a dict that ``torch.save`` wrote: by ``"module:name"`` a list with a state dict
 for each host module, whose keys start with ``"name."``; ``__cfg__``, an OmegaConf DictConfig; and
@@ -41,7 +42,13 @@ from adapter_ext.names import (
 from adapter_ext.registry import class_path
 from adapter_ext.strategies import ResidualAddAdapterStrategy, ReturnResultAdapterStrategy
 from adapter_ext.torch_file import FileError as FileError
-from adapter_ext.torch_file import content_of, read_torch_file, reading
+from adapter_ext.torch_file import (
+    content_of,
+    read_torch_file,
+    reading,
+    versions_of,
+    with_versions,
+)
 
 FORMAT_VERSION = "1"
 """Version of the ``.safetensors`` layout."""
@@ -53,6 +60,8 @@ _MAX_HEADER_BYTES = 32 * 2**20
 _MAX_DEPTH = 32
 _MAX_KEY_PARTS = 256
 _MAX_VALUES = 100_000
+# More than the instructions of a pickle can make: it would have to use the same state often.
+_MAX_ENTRIES = 600_000
 _DTYPES = frozenset(
     (
         torch.float64,
@@ -91,7 +100,8 @@ class SavedAdapter:
         config: plain values, with ``_target_`` and ``enabled``, without interpolations.
         paths: for each state the path of its host module in the model, ``""`` for the model itself;
             None if they are unknown (NeMo's files): states are in the order of ``modules()``.
-        states: state dicts of the adapter, one for each host module: ``"module.0.weight"``, ...
+        states: state dicts of the adapter, one for each host module: ``"module.0.weight"``, ...;
+            if they have ``_metadata``, files keep the modules' versions in there.
     """
 
     name: str
@@ -210,8 +220,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            # Of the same type, which goes by the number, and about the file that the caller knows.
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
     # The renaming is on the disk when the folder is; not every system can do that.
     with contextlib.suppress(OSError):
@@ -237,7 +251,10 @@ def _with_tensors(content: AdapterFile, change: Callable[[Tensor], Tensor]) -> A
         adapters={
             name: replace(
                 adapter,
-                states=[{key: change(t) for key, t in state.items()} for state in adapter.states],
+                states=[
+                    with_versions({k: change(t) for k, t in state.items()}, versions_of(state))
+                    for state in adapter.states
+                ],
             )
             for name, adapter in content.adapters.items()
         },
@@ -285,6 +302,10 @@ def _checked_adapter(adapter: SavedAdapter) -> SavedAdapter:
         where = f"{label}, state {index}" if paths is None else f"{label}, module {paths[index]!r}"
         for key, tensor in state.items():
             _check_tensor(key, tensor, where)
+        try:
+            versions_of(state)
+        except FileError as error:
+            raise FileError(f"{where}: {error}") from error
     return replace(adapter, config=config)
 
 
@@ -383,7 +404,12 @@ def _to_safetensors(content: AdapterFile) -> bytes:
     tensors = {}
     adapters = {}
     for name, adapter in content.adapters.items():
-        entry = {"module": adapter.module, "paths": adapter.paths, "config": adapter.config}
+        entry = {
+            "module": adapter.module,
+            "paths": adapter.paths,
+            "config": adapter.config,
+            "versions": [versions_of(state) for state in adapter.states],
+        }
         adapters[name] = entry if adapter.paths else {**entry, "states": len(adapter.states)}
         for path, state in zip(_key_paths(adapter), adapter.states, strict=True):
             prefix = f"{path}.{_LAYER}.{name}." if path else f"{_LAYER}.{name}."
@@ -437,7 +463,13 @@ def _listed_adapter(name: str, entry: Any) -> SavedAdapter:
     count = entry.get("states") if paths is None else len(paths)
     if type(count) is not int or not 0 < count <= _MAX_VALUES:
         raise FileError(f"adapter {name!r} has {count!r} states")
-    return SavedAdapter(name, entry["module"], entry["config"], paths, [{} for _ in range(count)])
+    # Files of before adapter_ext kept versions lack them, and so do states of unknown versions.
+    label = f"the versions of adapter {name!r}"
+    versions = _list(entry.get("versions", [None] * count), label)
+    if len(versions) != count:
+        raise FileError(f"{label} are those of {len(versions)} states; it has {count}")
+    states = [with_versions({}, v if v is None else _dict(v, label)) for v in versions]
+    return SavedAdapter(name, entry["module"], entry["config"], paths, states)
 
 
 def _key_paths(adapter: SavedAdapter) -> list[str]:
@@ -528,10 +560,7 @@ def _to_nemo(content: AdapterFile) -> dict[str, Any]:
     saved: dict[str, Any] = {}
     paths = {}
     for adapter in content.adapters.values():
-        saved[adapter.qualified] = [
-            {f"{adapter.name}.{key}": tensor for key, tensor in state.items()}
-            for state in adapter.states
-        ]
+        saved[adapter.qualified] = [_nemo_state(adapter.name, state) for state in adapter.states]
         if adapter.paths is not None:
             paths[adapter.qualified] = adapter.paths
     modules = {name: adapter.module for name, adapter in content.adapters.items()}
@@ -540,6 +569,13 @@ def _to_nemo(content: AdapterFile) -> dict[str, Any]:
     }
     config[GLOBAL_CONFIG] = {**content.global_config, METADATA: {"modules": modules}}
     return {**saved, FILE_CONFIG: OmegaConf.create(config), FILE_PATHS: paths}
+
+
+def _nemo_state(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    versions = versions_of(state)
+    if versions is not None:
+        versions = {f"{name}.{path}" if path else name: versions[path] for path in versions}
+    return with_versions({f"{name}.{key}": tensor for key, tensor in state.items()}, versions)
 
 
 def _with_nemo_paths(value: Any) -> Any:
@@ -562,6 +598,7 @@ def _from_nemo(saved: Any) -> AdapterFile:
     modules = _dict(metadata.get("modules", {}), f"{METADATA}.modules")
     paths = _dict(saved.get(FILE_PATHS, {}), FILE_PATHS)
     adapters: dict[str, SavedAdapter] = {}
+    entries = 0
     for qualified, states in saved.items():
         if qualified in (FILE_CONFIG, FILE_PATHS):
             continue
@@ -578,16 +615,14 @@ def _from_nemo(saved: Any) -> AdapterFile:
                 f"adapter {name!r} is saved for the module {module!r}, but its configuration names "
                 f"{content_of(modules.get(name, ''))!r}"
             )
-        adapters[name] = SavedAdapter(
-            name=name,
-            module=module,
-            config=config[name],
-            paths=paths.get(qualified),
-            states=[
-                _state_of(name, _dict(state, f"state {index} of adapter {name!r}"), config)
-                for index, state in enumerate(_list(states, f"adapter {name!r}"))
-            ],
-        )
+        found = []
+        for index, state in enumerate(_list(states, f"adapter {name!r}")):
+            state = _dict(state, f"state {index} of adapter {name!r}")
+            found.append(_state_of(name, state, config))
+            entries += 1 + len(state) + len(versions_of(state) or ())
+            if entries > _MAX_ENTRIES:
+                raise FileError(f"its adapters have more than {_MAX_ENTRIES} tensors and versions")
+        adapters[name] = SavedAdapter(name, module, config[name], paths.get(qualified), found)
     for qualified in paths:
         if qualified not in saved:
             raise FileError(f"{FILE_PATHS} has {qualified!r}, which is no adapter of the file")
@@ -603,7 +638,11 @@ def _state_of(name: str, state: dict[Any, Any], config: dict[Any, Any]) -> dict[
         elif not dot or owner not in config:
             raise FileError(f"adapter {name!r} has {key!r}, which is none of its parameters")
         # else: NeMo also saves adapters whose parameters' names have this one's in them.
-    return result
+    versions = versions_of(state)
+    if versions is not None:
+        parts = ((path.partition("."), version) for path, version in versions.items())
+        versions = {rest: version for (owner, _, rest), version in parts if owner == name}
+    return with_versions(result, versions)
 
 
 def _dict(value: Any, label: str) -> dict[Any, Any]:

@@ -15,7 +15,8 @@ import os
 import pickletools
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
@@ -148,7 +149,8 @@ def read_torch_file(file: BinaryIO, *, values: bool = True) -> Any:
 
     Returns:
         Plain containers and CPU tensors; every mapping is a dict, every parameter a tensor that
-        requires no grad. See :func:`content_of` for OmegaConf's objects.
+        requires no grad. See :func:`content_of` for OmegaConf's objects, and :func:`versions_of`
+        for what a state dict notes besides its tensors.
 
     Raises:
         FileError: if the file is of another kind, or holds anything else. Corruption may raise
@@ -185,6 +187,55 @@ def content_of(value: Any) -> Any:
                 raise FileError(f"an object of type {value.kind} has no content")
             value = value.attributes[attribute]
     return value
+
+
+def versions_of(state: object) -> dict[str, int | str | None] | None:
+    """The versions that a state dict's modules had, by which they upgrade it when they load it.
+
+    Args:
+        state: the state dict; whatever else its attribute ``_metadata`` holds is left out.
+
+    Returns:
+        By module path the version; None if the state dict says nothing of versions.
+
+    Raises:
+        FileError: if they are not as ``torch.nn.Module.state_dict`` notes them.
+    """
+    metadata = getattr(state, "_metadata", None)
+    if metadata is None:
+        return None
+    if not isinstance(metadata, dict):
+        raise FileError(f"_metadata must be a dict, got {type(metadata).__name__}")
+    versions = {}
+    for path, notes in metadata.items():
+        if not isinstance(path, str) or not isinstance(notes, dict):
+            raise FileError(
+                f"_metadata must have a dict for each module path, got {type(notes).__name__} for "
+                f"{path!r}"
+            )
+        version = notes.get("version")
+        if version is not None and type(version) not in (int, str):
+            raise FileError(
+                f"the version of module {path!r} must be an int or a str, got "
+                f"{type(version).__name__}"
+            )
+        versions[path] = version
+    return versions
+
+
+def with_versions(
+    tensors: Mapping[str, Tensor], versions: Mapping[str, int | str | None] | None
+) -> dict[str, Tensor]:
+    """A state dict as ``torch.nn.Module.state_dict`` makes it; see :func:`versions_of`.
+
+    Args:
+        tensors: its tensors.
+        versions: by module path the version; None if they are unknown.
+    """
+    state = OrderedDict(tensors)
+    if versions is not None:
+        vars(state)["_metadata"] = {path: {"version": versions[path]} for path in versions}
+    return state
 
 
 def _checked_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
@@ -344,7 +395,7 @@ class _Machine:
         if path == _PARAMETER:
             return _expect(arguments[0], Tensor)
         if path in _DICTS:
-            return {}
+            return OrderedDict()
         if path in _ANNOTATIONS or path.startswith(_CONFIGURATION_PACKAGES):
             return _Opaque()
         raise FileError(f"its pickle calls {path}, which has no place in such a file")
@@ -423,7 +474,10 @@ def _build(target: Any, state: Any) -> None:
         if target.attributes:
             raise FileError(f"its pickle sets the attributes of one {target.kind} twice")
         target.attributes = _expect(state, dict)
-    elif not isinstance(target, (dict, _Opaque)):  # attributes of an OrderedDict are not needed
+    elif isinstance(target, OrderedDict):
+        if isinstance(state, dict) and "_metadata" in state:  # no other attribute is needed
+            vars(target)["_metadata"] = state["_metadata"]
+    elif not isinstance(target, (dict, _Opaque)):
         raise FileError(f"its pickle sets attributes of {type(target).__name__}")
 
 

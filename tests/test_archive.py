@@ -15,8 +15,9 @@ import tarfile
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_files import Subclass, memory_growth, torch_file, touch
+from test_files import Subclass, Upgraded, Versioned, memory_growth, noted, torch_file, touch
 
+from adapter_ext import ModelPT
 from adapter_ext.archive import read_archive, write_archive
 from adapter_ext.files import FileError
 
@@ -122,6 +123,66 @@ def test_what_could_not_be_read_replaces_nothing(tmp_path, monkeypatch):
         write_archive(path, {}, state())
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["x.nemo"]
+
+
+class VersionedModel(ModelPT):
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg, trainer)
+        self.inner = Upgraded()
+
+
+@pytest.mark.parametrize("map_location", [None, "cpu"])
+def test_a_state_of_the_newest_version_is_not_upgraded(map_location, tmp_path):
+    """Archives lost the versions of modules, which then took each state for an old one."""
+    model = VersionedModel({})
+    model.save_to(tmp_path / "x.nemo")
+    assert VersionedModel.restore_from(tmp_path / "x.nemo").inner.weight.tolist() == [1, 1, 1]
+    _, read = read_archive(tmp_path / "x.nemo", map_location=map_location)
+    assert read._metadata == model.state_dict()._metadata
+    with tarfile.open(tmp_path / "x.nemo") as archive:
+        weights = io.BytesIO(archive.extractfile("./model_weights.ckpt").read())
+    assert torch.load(weights, weights_only=True)._metadata == model.state_dict()._metadata
+
+
+def test_a_state_of_an_old_or_unknown_version_is_upgraded(tmp_path):
+    old, unknown = Versioned().state_dict(prefix="inner."), {"inner.weight": torch.ones(3)}
+    for state in (old, unknown):
+        write_archive(tmp_path / "x.nemo", {}, state)
+        assert VersionedModel.restore_from(tmp_path / "x.nemo").inner.weight.tolist() == [10] * 3
+    assert not hasattr(read_archive(tmp_path / "x.nemo")[1], "_metadata")
+
+
+def test_of_a_state_dicts_notes_the_versions_alone_are_kept(tmp_path):
+    """With assign_to_params_buffers a file would put its tensors in place of the parameters."""
+    notes = {"version": 2, "assign_to_params_buffers": True, "other": [1]}
+    state = noted({"": notes, "a": {}, "b": {"version": "2.1"}})
+    kept = {"": {"version": 2}, "a": {"version": None}, "b": {"version": "2.1"}}
+    write_archive(tmp_path / "ours.nemo", {}, state)
+    (tmp_path / "theirs.nemo").write_bytes(with_weights(state))
+    for name in ("ours", "theirs"):
+        assert read_archive(tmp_path / f"{name}.nemo")[1]._metadata == kept
+
+
+MALFORMED = [
+    ([], "_metadata must be a dict, got list"),
+    ({1: {"version": 1}}, "module path, got dict for 1"),
+    ({"a": 2}, "module path, got int for 'a'"),
+    ({"a": {"version": 1.5}}, "version of module 'a' must be an int or a str, got float"),
+    ({"a": {"version": True}}, "version of module 'a' must be an int or a str, got bool"),
+    ({"a": {"version": torch.ones(1)}}, "version of module 'a'.*got Tensor"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "words"), MALFORMED)
+def test_malformed_versions_are_named(metadata, words, tmp_path):
+    state = noted(metadata)
+    path = tmp_path / "x.nemo"
+    with pytest.raises(FileError, match=rf"x\.nemo can't be written: .*{words}"):
+        write_archive(path, {}, state)
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(with_weights(state))
+    with pytest.raises(FileError, match=rf"x\.nemo: .*{words}"):
+        read_archive(path)
 
 
 def test_a_configuration_of_a_thousand_adapters(tmp_path):
@@ -379,6 +440,14 @@ HOSTILE = {
     "weights: a gadget": (lambda m: with_weights(touch(m)), "system"),
     "weights: a gadget's value": (lambda m: with_weights({"w": touch(m)}), "system"),
     "weights: a gadget's key": (lambda m: with_weights({touch(m): 1}), "system"),
+    "weights: a gadget's notes": (
+        lambda m: with_weights(noted(touch(m))),
+        "system",
+    ),
+    "weights: a gadget for a version": (
+        lambda m: with_weights(noted({"": {"version": touch(m)}})),
+        "system",
+    ),
     "weights: no tensor": (lambda m: with_weights({"w": 1}), "'w'"),
     "weights: nested": (lambda m: with_weights({"w": {"a": torch.ones(1)}}), "'w'"),
     "weights: a list": (lambda m: with_weights([torch.ones(1)]), "list"),

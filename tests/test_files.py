@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Dict, List, Optional, Union  # noqa: UP035
@@ -26,7 +27,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
 
-from adapter_ext import LinearAdapterConfig, files, instantiate
+from adapter_ext import (
+    AdapterModuleMixin,
+    AdapterModuleUtil,
+    LinearAdapterConfig,
+    files,
+    instantiate,
+    load_adapters,
+    register_target,
+    save_adapters,
+)
 from adapter_ext.files import (
     AdapterFile,
     FileError,
@@ -189,6 +199,101 @@ def test_what_could_not_be_read_replaces_nothing(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
 
 
+class Versioned(torch.nn.Module):
+    """Of the default version, 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+
+class Upgraded(Versioned):
+    """Version 2 of the module above, in which ten times the weight does the same."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if (local_metadata.get("version") or 0) < 2:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 10
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+class UpgradedAdapter(torch.nn.Module, AdapterModuleUtil):
+    def __init__(self, adapter_strategy=None):
+        super().__init__()
+        self.inner = torch.nn.Sequential(Upgraded())
+        self.setup_adapter_strategy(adapter_strategy)
+
+    def forward(self, x):
+        return self.inner[0].weight * x
+
+
+class Host(torch.nn.Module, AdapterModuleMixin):
+    pass
+
+
+@pytest.mark.parametrize("map_location", [None, "cpu"])
+@pytest.mark.parametrize("converted", SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_adapter_of_the_newest_version_is_not_upgraded(
+    suffix, converted, map_location, tmp_path
+):
+    """Adapter files lost the versions of modules, so that weights changed with each loading."""
+    register_target(UpgradedAdapter, "test_files.UpgradedAdapter")
+    model = torch.nn.Sequential(Host(), Host())
+    for host in model:
+        host.add_adapter("fr", {"_target_": "test_files.UpgradedAdapter"})
+    save_adapters(model, tmp_path / f"x{suffix}")
+    read = read_adapters(tmp_path / f"x{suffix}", map_location=map_location)
+    write_adapters(tmp_path / f"y{converted}", read)
+    restored = torch.nn.Sequential(Host(), Host())
+    load_adapters(restored, tmp_path / f"y{converted}")
+    expected = model[0].adapter_layer["fr"].state_dict()._metadata
+    for host, state in zip(restored, read.adapters["fr"].states, strict=True):
+        assert host.adapter_layer["fr"].inner[0].weight.tolist() == [1, 1, 1]
+        assert state._metadata == expected
+
+
+def test_versions_in_a_pt_file_are_named_as_torch_names_them(tmp_path):
+    """By paths that begin as the keys do; those of other adapters are not this one's."""
+    layers = torch.nn.ModuleDict({"fr": torch.nn.Sequential(Upgraded()), "de": Upgraded()})
+    state = layers["fr"].state_dict()
+    write_adapters(tmp_path / "x.pt", content(replace(adapter(paths=[""]), states=[state])))
+    written = torch.load(tmp_path / "x.pt", weights_only=False)["encoder:fr"][0]
+    assert written._metadata == {"fr": {"version": 1}, "fr.0": {"version": 2}}
+    state = layers.state_dict()
+    del state["de.weight"]
+    torch.save(saved(fr=[state]), tmp_path / "x.pt")
+    read = read_adapters(tmp_path / "x.pt").adapters["fr"].states[0]
+    assert read._metadata == {"": {"version": 1}, "0": {"version": 2}}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_malformed_versions_are_named(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    for metadata, words in [
+        ([], "_metadata must be a dict, got list"),
+        ({"a": 2}, "module path, got int for 'a'"),
+        ({"a": {"version": 1.5}}, "version of module 'a' must be an int or a str, got float"),
+    ]:
+        malformed = replace(adapter(paths=["e"]), states=[noted(metadata)])
+        where = "adapter 'fr', module 'e'"
+        with pytest.raises(FileError, match=f"can't be written: {where}: .*{words}"):
+            write_adapters(path, content(malformed))
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_without_versions(suffix, tmp_path):
+    """Those that were written before versions were, and NeMo's."""
+    old = torch_file(saved()) if suffix == ".pt" else safetensors_file()
+    (tmp_path / f"x{suffix}").write_bytes(old)
+    for _ in range(2):
+        read = read_adapters(tmp_path / f"x{suffix}")
+        assert not hasattr(read.adapters["fr"].states[0], "_metadata")
+        write_adapters(tmp_path / f"x{suffix}", read)
+
+
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".PT", ".SafeTensors"])
 def test_what_is_written_is_its_own(suffix, tmp_path):
     """Views, transposes, parameters and shared tensors are written as what they are."""
@@ -251,6 +356,21 @@ def test_missing_file_is_an_oserror(tmp_path):
     (tmp_path / "y.pt").mkdir()
     with pytest.raises(IsADirectoryError):
         read_adapters(tmp_path / "y.pt")
+
+
+@pytest.mark.parametrize("place", ["none/x.pt", "file/x.pt", "folder.pt"])
+def test_an_error_names_the_file_that_could_not_be_written(place, tmp_path, monkeypatch):
+    """It named a hidden temporary file, of which nobody had heard."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(OSError) as expected:  # noqa: PT011 - of each kind its own
+        open(place, "wb").close()
+    with pytest.raises(type(expected.value)) as raised:
+        write_adapters(place, content())
+    assert (raised.value.errno, raised.value.filename) == (expected.value.errno, place)
+    assert str(raised.value) == str(expected.value)
+    assert sorted(os.listdir()) == ["file", "folder.pt"]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -789,6 +909,12 @@ def with_cfg(**others):
     return torch_file(saved(__cfg__={**saved()["__cfg__"], **others}))
 
 
+def noted(metadata):
+    state = OrderedDict({"fr.weight": torch.ones(0)})
+    state._metadata = metadata
+    return state
+
+
 def bomb_of_lists(_):
     level = ["lol"]
     for _level in range(25):
@@ -998,6 +1124,49 @@ HOSTILE = {
     "pickle: keys that share": (".pt", bomb_of_keys, "key of type tuple"),
     "pickle: a cycle": (".pt", cycle, "deep"),
     "config: billion laughs": (".pt", bomb_of_lists, "values"),
+    "gadget: a state's notes": (
+        ".pt",
+        lambda m: torch_file(saved(fr=[noted({"fr": {"version": touch(m)}})])),
+        "system",
+    ),
+    "versions: no dict": (".pt", lambda m: torch_file(saved(fr=[noted([])])), "got list"),
+    "versions: a list": (
+        ".pt",
+        lambda m: torch_file(saved(fr=[noted({"fr": {"version": [2]}})])),
+        "module 'fr'.*got list",
+    ),
+    "versions: shared": (
+        ".pt",
+        lambda m: torch_file(
+            saved(fr=list(map(noted, [{f"{i}": {} for i in range(3000)}] * 3000)))
+        ),
+        "more than 600000",
+    ),
+    "tensors: shared": (
+        ".pt",
+        lambda m: torch_file(saved(fr=[{f"fr.{i}": torch.ones(0) for i in range(3000)}] * 3000)),
+        "more than 600000",
+    ),
+    "json: a version that is none": (
+        ".safetensors",
+        lambda m: safetensors_file(versions=[{"": [2]}]),
+        "'fr', module 'e': the version of module ''.*got list",
+    ),
+    "json: versions of other states": (
+        ".safetensors",
+        lambda m: safetensors_file(versions=[None, None]),
+        "versions of adapter 'fr' are those of 2 states; it has 1",
+    ),
+    "json: versions that are no list": (
+        ".safetensors",
+        lambda m: safetensors_file(versions={"": 1}),
+        "versions of adapter 'fr': a list was expected, got dict",
+    ),
+    "json: versions in a list": (
+        ".safetensors",
+        lambda m: safetensors_file(versions=[[1]]),
+        "versions of adapter 'fr': a dict was expected, got list",
+    ),
     "tensor: storage claims 2**40 values": (".pt", lambda m: storage_claiming(2**40), "claims"),
     "tensor: storage claims -2 values": (".pt", lambda m: storage_claiming(-2), "claims"),
     "tensor: stride 0": (".pt", lambda m: with_state(Viewed(0, (2**40,), (0,))), "claims"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 from adapter_ext import AdapterModelPTMixin, AdapterModuleMixin, ModelPT, NeuralModule, files
 from adapter_ext.__main__ import main
+from adapter_ext.archive import read_archive
 
 DATA = Path(__file__).parent / "data"
 WIDTH = 11
@@ -106,6 +109,18 @@ def test_a_whole_model(expected):
     model = Model.restore_from(DATA / "nemo_model.nemo")
     assert model.cfg.any == "thing"
     check(model, expected)
+
+
+def test_the_versions_in_a_model_that_nemo_saved_are_read():
+    """Without them a module takes its state for one of an older version, and changes it."""
+    _, state = read_archive(DATA / "nemo_model.nemo")
+    with tarfile.open(DATA / "nemo_model.nemo") as archive:
+        weights = io.BytesIO(archive.extractfile("./model_weights.ckpt").read())
+    by_torch = torch.load(weights, weights_only=True)
+    assert {path: notes["version"] for path, notes in state._metadata.items()} == {
+        path: notes.get("version") for path, notes in by_torch._metadata.items()
+    }
+    assert len(state._metadata) > 20
 
 
 def test_convert_and_inspect(base, expected, tmp_path, capsys):
