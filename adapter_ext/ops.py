@@ -144,7 +144,8 @@ def linear_adapter(
             weights of bfloat16, on machines that multiply in bfloat16, the forward rounds them to
             bfloat16, as PyTorch's layers do; and on CUDA products of 16-bit ``x`` and weights
             round to it, and float32 ones to TF32 where ``torch.backends.cuda.matmul`` allows it.
-            With 16-bit ``x``, the CPU keeps weights of float32 as they are.
+            With 16-bit ``x`` and ``compute_dtype`` None or of its type, the CPU keeps weights of
+            float32 as they are.
 
     Returns:
         y, of the shape and dtype of ``x``, contiguous; and aux ``[A]``, float32 (float64 for
@@ -206,7 +207,12 @@ def raw_forward_arguments(
 
 def _flatten(weights: AdapterWeights) -> list[Tensor]:
     """The weights as the native ops take them, in one list; a stack is a list of one tensor."""
-    norm_weight, norm_bias, down, up = weights
+    try:
+        norm_weight, norm_bias, down, up = weights
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"linear_adapter: weights: expected AdapterWeights, got {type(weights).__name__}"
+        ) from None
     if isinstance(down, Tensor):
         fields = [norm_weight, norm_bias, down, up]
         stacks = [field for field in fields if isinstance(field, Tensor)]
@@ -219,12 +225,17 @@ def _flatten(weights: AdapterWeights) -> list[Tensor]:
                     f"them A, or a list of tensors; got shape {tuple(stack.shape)}"
                 )
         return stacks
-    if len(norm_weight) == len(norm_bias) == len(down) == len(up):
+    try:
+        counts = [len(field) for field in weights]
+    except TypeError:
+        raise TypeError(
+            "linear_adapter: weights: expected four tensors or four sequences"
+        ) from None
+    if len({*counts}) == 1:
         return [*norm_weight, *norm_bias, *down, *up]
     raise RuntimeError(
         "linear_adapter: weights: expected as many tensors of each kind, got "
-        f"{len(norm_weight)} norm_weight, {len(norm_bias)} norm_bias, {len(down)} down, "
-        f"{len(up)} up"
+        + ", ".join(f"{n} {name}" for n, name in zip(counts, AdapterWeights._fields, strict=True))
     )
 
 
@@ -293,6 +304,13 @@ def _arguments(
                 f"{type(routing).__name__}"
             )
         ids, order, offsets = routing
+        if not (
+            isinstance(ids, Tensor) and isinstance(order, Tensor) and isinstance(offsets, Tensor)
+        ):
+            raise TypeError(
+                "linear_adapter: routing: expected three tensors, as route() returns them, got "
+                + ", ".join(type(part).__name__ for part in routing)
+            )
         if order.numel() != ids.numel():
             raise RuntimeError(
                 "linear_adapter: routing.order: expected as many elements as routing.ids, "
@@ -361,14 +379,19 @@ def _num_adapters(flat: list[Tensor]) -> int:
 
 
 def _l2_lambdas(l2_lambda: float | Tensor, x: Tensor, flat: list[Tensor]) -> Tensor:
-    dtype = _accumulate_dtype(x)
+    count, dtype = _num_adapters(flat), _accumulate_dtype(x)
     if not isinstance(l2_lambda, Tensor):
+        if not isinstance(l2_lambda, (float, int)):
+            raise TypeError(
+                "linear_adapter: l2_lambda: expected a number or a tensor, got "
+                f"{type(l2_lambda).__name__} {l2_lambda!r}"
+            )
         if not 0.0 <= l2_lambda < math.inf:
             raise ValueError(
                 f"linear_adapter: l2_lambda: expected a finite value >= 0, got {l2_lambda}"
             )
-        return torch.full((_num_adapters(flat),), l2_lambda, dtype=dtype, device=x.device)
-    return l2_lambda.to(dtype)
+        return torch.full((count,), l2_lambda, dtype=dtype, device=x.device)
+    return l2_lambda.to(dtype).expand(count) if l2_lambda.ndim == 0 else l2_lambda.to(dtype)
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -390,7 +413,9 @@ def _inference_fake(
     offsets: Tensor | None = None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(x, weights, order, offsets)
+    own = _Options(*options)
+    others = {"routing.order": order, "routing.offsets": offsets}
+    _check_devices(x, weights, {**others, "l2_lambda": own.l2_lambda, "seed": own.seed})
     return x.new_empty(x.shape), x.new_empty(_num_adapters(weights), dtype=_accumulate_dtype(x))
 
 
@@ -406,18 +431,16 @@ def _forward_fake(
     down = weights[len(weights) // 2 : len(weights) * 3 // 4]
     bottleneck = max((weight.shape[-2] for weight in down), default=0)
     return (
-        *_inference_fake(x, weights, order, offsets),
+        *_inference_fake(x, weights, order, offsets, *options),
         x.new_empty(rows * (bottleneck + 2), dtype=_accumulate_dtype(x)),
     )
 
 
-def _check_devices(
-    x: Tensor, weights: list[Tensor], order: Tensor | None, offsets: Tensor | None
-) -> None:
+def _check_devices(x: Tensor, weights: list[Tensor], others: dict[str, Tensor | None]) -> None:
     """What the native ops check themselves, where another device's fake kernel was called."""
     count = len(weights) // 4
     named = {f"{AdapterWeights._fields[i // count]}[{i % count}]": w for i, w in enumerate(weights)}
-    for name, tensor in {**named, "routing.order": order, "routing.offsets": offsets}.items():
+    for name, tensor in {**named, **others}.items():
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(
                 f"linear_adapter: {name}: expected a tensor on the device of x, {x.device}, got "
@@ -437,6 +460,10 @@ def _backward_fake(
     needed: list[int],
     *options: Any,
 ) -> list[Tensor]:
+    own = _Options(*options)
+    others = {"routing.order": order, "routing.offsets": offsets, "saved": saved}
+    others |= {"grad_y": grad_y, "grad_aux": grad_aux}
+    _check_devices(x, weights, {**others, "l2_lambda": own.l2_lambda, "seed": own.seed})
     return [t.new_empty(t.shape) for t, flag in zip([x, *weights], needed, strict=True) if flag]
 
 

@@ -176,7 +176,11 @@ class LinearAdapterArguments {
 
   void set_routing(const std::optional<Tensor>& order, const std::optional<Tensor>& offsets) {
     RoutingView& routing = p_.routing;
-    if (!order || !offsets) {
+    if (order.has_value() != offsets.has_value()) {
+      fail({kOp, "routing"}, "expected both routing.order and routing.offsets, or neither, got ",
+           order ? "the former" : "the latter");
+    }
+    if (!order) {
       if (routing.adapters != 1) {
         fail({kOp, "routing"}, "expected a routing for ", routing.adapters,
              " adapters; without one there must be exactly 1 adapter");

@@ -14,8 +14,8 @@ struct RouteTensors {
 
 // Checks all but the ids' values, and allocates the results.
 inline RouteTensors check_route(const Tensor& ids, int64_t num_adapters) {
-  if (num_adapters < 0) {
-    fail({"route", "num_adapters"}, "expected a number >= 0, got ", num_adapters);
+  if (num_adapters < 0 || num_adapters > INT32_MAX) {
+    fail({"route", "num_adapters"}, "expected a number in [0, 2^31), got ", num_adapters);
   }
   check_type({"route", "ids"}, ids, {ScalarType::Long});
   return {as_contiguous(ids), empty(ids, {ids.numel()}, ScalarType::Long),

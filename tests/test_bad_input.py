@@ -13,7 +13,7 @@ from op_testing import make_weights, replace
 from torch import Tensor
 
 import adapter_ext
-from adapter_ext import AdapterWeights
+from adapter_ext import AdapterWeights, ops
 
 D = 16
 A = 3
@@ -199,6 +199,11 @@ TENSORS = [
     Bad("routing-transposed", {"routing": routing(2, 4)}, RuntimeError, ["routing", "2", "4"]),
     Bad("routing-of-elements", {"routing": routing(4, 2, D)}, RuntimeError, ["routing", "16"]),
     Bad("routing-missing", {"routing": None}, RuntimeError, ["routing", r"\b3\b"]),
+    *(
+        Bad(f"routing-without-{part}", {"routing": routing(4)._replace(**{part: value})},
+            TypeError, ["routing", "three tensors", type(value).__name__])
+        for part, value in (("ids", [0, 1, 2, 0]), ("order", None), ("offsets", None))
+    ),
     Bad("routing-missing-no-adapters", {"routing": None, "weights": AdapterWeights([], [], [], [])},
         RuntimeError, ["routing", r"\b0\b"]),
     Bad(
@@ -210,6 +215,16 @@ TENSORS = [
 ]  # fmt: skip
 
 VALUES = [
+    Bad("weights-None", {"weights": None}, TypeError, ["weights", "AdapterWeights", "NoneType"]),
+    Bad("weights-5", {"weights": (*weights(), [])}, TypeError, ["weights", "AdapterWeights"]),
+    Bad("weights-generators", {"weights": AdapterWeights(*(iter(w) for w in weights()))},
+        TypeError, ["weights", "four sequences"]),
+    Bad("l2-str", {**OPTIONS, "l2_lambda": "0.1"}, TypeError, ["l2_lambda", "str"]),
+    # Another device's kernels, which make no result, were called.
+    Bad("l2-device", {**OPTIONS, "l2_lambda": torch.ones(A, device="meta")}, RuntimeError,
+        ["l2_lambda", "cpu", "meta"]),
+    Bad("seed-device", {**OPTIONS, "dropout": 0.5, "seed": OPTIONS["seed"].to("meta")},
+        RuntimeError, ["seed", "cpu", "meta"]),
     *(
         Bad(f"{name}={p}", {**OPTIONS, name: p}, ValueError, [name, r"\[0, 1\]", str(p)])
         for name in ("dropout", "stochastic_depth")
@@ -323,6 +338,7 @@ ROUTE = {
     "float": (torch.zeros(3), 3, RuntimeError, ["ids", "int64", "float32|Float"]),
     "bool": (torch.zeros(3, dtype=torch.bool), 3, RuntimeError, ["ids", "int64", "[Bb]ool"]),
     "negative-count": ([-1], -1, RuntimeError, ["num_adapters", "-1"]),
+    "huge-count": ([-1], 2**63 - 1, RuntimeError, ["num_adapters", str(2**63 - 1)]),
     "list": ((0, 1), 3, TypeError, ["ids", "tuple"]),
 }  # fmt: skip
 
@@ -336,6 +352,25 @@ def test_route(ids: Any, num_adapters: int, exception: type[Exception], words: l
         assert message.startswith("route:")
     for word in words:
         assert re.search(word, message), f"{word!r} is not in {message!r}"
+
+
+def test_half_a_routing() -> None:
+    """The op took it for none, and gave rows without an adapter the one there is."""
+    x, one = torch.randn(4, D), AdapterWeights(*(w[:1] for w in weights()))
+    arguments = list(ops.raw_forward_arguments(x, one, routing(4, num_adapters=1)))
+    for missing in (2, 3):
+        some = [None if i == missing else value for i, value in enumerate(arguments)]
+        with pytest.raises(RuntimeError, match=r"linear_adapter: routing: expected both"):
+            torch.ops.adapter_ext.linear_adapter(*some)
+
+
+def test_tensors_of_another_device_in_the_backward() -> None:
+    x = torch.randn(4, 2, D)
+    arguments = list(ops.raw_forward_arguments(x, weights(), routing(4)))
+    y, _, saved = torch.ops.adapter_ext.linear_adapter_forward(*arguments)
+    needed = [1] * (1 + len(arguments[1]))
+    with pytest.raises(RuntimeError, match=r"saved: expected a tensor on the device of x"):
+        torch.ops.adapter_ext.linear_adapter_backward(y, None, *arguments, saved.to("meta"), needed)
 
 
 @pytest.mark.parametrize("name", ["order", "offsets"])

@@ -443,3 +443,13 @@ def test_random_cases(case: Case) -> None:
 @hypothesis.settings(max_examples=1500)
 def test_many_random_cases(case: Case) -> None:
     check(case)
+
+
+def test_one_l2_weight_as_a_tensor() -> None:
+    """One without dimensions is for all adapters, as a number is."""
+    options = {"training": True, "l2_lambda": 0.3}
+    call = Case(options=options).build()
+    expected = call.forward()[1]
+    call.options["l2_lambda"] = torch.tensor(0.3, device=call.x.device)
+    assert torch.equal(call.forward()[1], expected)
+    assert expected.all()
