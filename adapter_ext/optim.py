@@ -45,8 +45,14 @@ def adapter_groups(
         ``"adapter"``, its name; and its options. Adapters without such parameters have none.
 
     Raises:
+        TypeError: if adapters is a name by itself, or else no sequence or mapping.
         ValueError: if there is no adapter of a name, or none of its parameters requires grad.
     """
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence | Mapping | None):
+        raise TypeError(
+            f"adapters must be a sequence of names, or options by name; "
+            f"got {adapters if isinstance(adapters, str) else type(adapters).__name__!r}"
+        )
     parameters: dict[str, list[nn.Parameter]] = {}
     for host in hosts_of(model):
         sample_counts.prepare(host)  # the model may have moved since the adapters were added
@@ -108,7 +114,11 @@ class AdamW(torch.optim.AdamW):
         fused: whether to use PyTorch's fused kernels.
         **options: other options of ``torch.optim.AdamW``.
 
+    A copy, by ``copy.deepcopy`` or pickle, trains a copy of the model: copy both together to have
+    that one. Not with a process_group, which PyTorch cannot copy.
+
     Raises:
+        TypeError: if adapters is a name by itself, or else no sequence or mapping.
         ValueError: if an option is out of range, or an adapter unknown or frozen.
     """
 
@@ -134,9 +144,13 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr, betas, eps, weight_decay, fused=fused, **options)
         # A fused step would unscale the gradients itself, after they were clipped.
         self._step_supports_amp_scaling = False
-        self.model = model
+        self.model = unwrapped(model)  # what is around it cannot always be copied
         self.process_group = process_group
         self._max_norm = max_norm
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: self.__dict__[key] for key in ("model", "process_group", "_max_norm")}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -201,8 +215,8 @@ class AdamW(torch.optim.AdamW):
                 are matched by their order.
 
         Raises:
-            ValueError: if it is of other adapters, or a group has another number of parameters.
-                Nothing has changed then.
+            ValueError: if it is of other adapters, a group has another number of parameters, or a
+                tensor another shape. Nothing has changed then.
         """
 
         def by_name(group: Mapping[str, Any]) -> tuple[bool, str]:
@@ -218,8 +232,15 @@ class AdamW(torch.optim.AdamW):
         # Names differ, and groups without one keep their order: sorting is stable.
         count = len(saved)
         places = sorted(range(count), key=lambda i: by_name(self.param_groups[i]))
-        groups = dict(zip(places, sorted(saved, key=by_name), strict=True))
-        super().load_state_dict({**state_dict, "param_groups": [groups[i] for i in range(count)]})
+        by_place = dict(zip(places, sorted(saved, key=by_name), strict=True))
+        groups = [by_place[i] for i in range(count)]
+        names = {p: name for name, p in self.model.named_parameters()}
+        for i, (given, group) in enumerate(zip(groups, self.param_groups, strict=True)):
+            pairs = zip(given["params"], group["params"], strict=False)  # PyTorch compares numbers
+            for j, (number, parameter) in enumerate(pairs):
+                what = names.get(parameter, f"param_groups[{i}]['params'][{j}]")
+                _check_shapes(what, parameter, state_dict["state"].get(number, {}))
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     def match_model(
         self, adapters: Mapping[str, Mapping[str, Any]] | Sequence[str] | None = None
@@ -234,8 +255,9 @@ class AdamW(torch.optim.AdamW):
             adapters: as in the constructor; options that are given here replace kept ones.
 
         Raises:
-            ValueError: if there is no adapter of a name, or none of its parameters requires grad.
-                Nothing has changed then.
+            TypeError: if adapters is a name by itself, or else no sequence or mapping.
+            ValueError: if there is no adapter of a name, or none of its parameters requires grad,
+                or one of them is in a group of another. Nothing has changed then.
         """
         wanted = adapter_groups(self.model, adapters)
         before = {
@@ -245,6 +267,11 @@ class AdamW(torch.optim.AdamW):
             for parameter in group["params"]
         }
         others = [group for group in self.param_groups if "adapter" not in group]
+        owners = {parameter: None for group in others for parameter in group["params"]}
+        for group in wanted:
+            name = group["adapter"]
+            if any(owners.setdefault(p, name) != name for p in group["params"]):
+                raise ValueError(f"adapter {name!r} has a parameter that another group has too")
         kept = {parameter for group in wanted for parameter in group["params"]}
         self.param_groups = others
         for group in wanted:
@@ -298,14 +325,8 @@ class AdamW(torch.optim.AdamW):
                     f"the state is of {key!r}, which adapter {name!r} does not have or does not "
                     f"train; it trains {list(parameters)}"
                 )
-            parameter = parameters[key]
-            shape = values["exp_avg"].shape
-            if shape != parameter.shape:
-                raise ValueError(
-                    f"the state of {key!r} of adapter {name!r} must have its shape, "
-                    f"{list(parameter.shape)}, got {list(shape)}"
-                )
-            state[parameter] = {k: v.detach().clone() for k, v in values.items()}
+            _check_shapes(f"{key!r} of adapter {name!r}", parameters[key], values)
+            state[parameters[key]] = {k: v.detach().clone() for k, v in values.items()}
         for parameter in parameters.values():
             self.state.pop(parameter, None)
         group.pop("initial_lr", None)  # that of a scheduler, unless the options have it too
@@ -330,11 +351,22 @@ class AdamW(torch.optim.AdamW):
         own = set(self._group(name)["params"])
         return {
             f"{path}:{key}": parameter
-            for path, host in named_hosts(unwrapped(self.model))
+            for path, host in named_hosts(self.model)
             if name in host._adapters()
             for key, parameter in host._adapters()[name].named_parameters()
             if parameter in own
         }
+
+
+def _check_shapes(what: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    """Checks what fused kernels do not: they read and write as many elements as a parameter has."""
+    for key, value in state.items():
+        shape = torch.Size() if key == "step" else parameter.shape
+        if isinstance(value, Tensor) and value.shape != shape:
+            raise ValueError(
+                f"the state {key!r} of {what} must have shape {list(shape)}, "
+                f"got {list(value.shape)}"
+            )
 
 
 def mean_per_adapter(

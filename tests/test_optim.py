@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections import Counter
 
 import pytest
@@ -286,6 +287,13 @@ def test_groups(model):
         AdamW(head)
 
 
+@pytest.mark.parametrize(("adapters", "got"), [("a1", "a1"), (iter(["a"]), "list_iterator")])
+def test_a_name_by_itself_is_no_sequence_of_names(adapters, got, model):
+    """Its letters were looked up; an iterator was used up by the checks, and no group remained."""
+    with pytest.raises(TypeError, match=f"adapters must be a sequence of names, .*got '{got}'"):
+        AdamW(model, adapters=adapters)
+
+
 def test_closure_hooks_and_scheduler(model):
     torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # makes torch wrap its own step
     optimizer = AdamW(model, lr=1e-2)
@@ -351,6 +359,24 @@ def test_whole_state_dict(model):
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deep", "pickle"]
+)
+def test_a_copy_steps_the_copied_model(copied, model):
+    """It lost the model and could not step; what had no samples must stay in it as well."""
+    optimizer = train_together(model, "compiled indices", STEPS[:2])
+    torch._dynamo.reset()
+    other, its_optimizer = copied((model, optimizer))
+    before = copy.deepcopy(model.state_dict())
+    train_together(other, "compiled indices", STEPS[2:], its_optimizer)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    train_together(model, "compiled indices", STEPS[2:], optimizer)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(state_of(other, "a1")[2], before["0.adapter_layer.a1.module.1.weight"])
+    its_optimizer.match_model()
+    assert [g.get("max_norm") for g in its_optimizer.param_groups] == [None, 0.05, None, None]
+
+
 # --- Adapters that come and go --------------------------------------------------------------------
 
 
@@ -361,8 +387,7 @@ def test_a_state_dict_finds_adapters_by_name(model):
     optimizer.add_param_group({"params": [head], "lr": 0.5})
     saved = copy.deepcopy(optimizer.state_dict())
     order = ("module", "1", "a1", "a")
-    other = nn.Sequential(make_block(*order), nn.Tanh(), make_block(*order, seed=7))
-    fresh = AdamW(other, adapters=order)
+    fresh = AdamW(Model(), adapters=order)
     fresh.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     fresh.load_state_dict(saved)
     assert [group.get("adapter") for group in fresh.param_groups] == [*order, None]
@@ -477,12 +502,69 @@ def test_state_of_another_shape_is_refused(model):
     optimizer = train_together(model, "names")
     state = optimizer.adapter_state_dict("a1")
     before = copy.deepcopy(optimizer.adapter_state_dict("a"))
-    with pytest.raises(ValueError, match=r"'0:module.1.weight' of adapter 'a' must have its shape"):
+    with pytest.raises(ValueError, match=r"'0:module.1.weight' of adapter 'a' must have shape"):
         optimizer.load_adapter_state_dict("a", state)
     state["state"]["5:x"] = next(iter(state["state"].values()))
     with pytest.raises(ValueError, match="the state is of '5:x'"):
         optimizer.load_adapter_state_dict("a1", state)
     torch.testing.assert_close(optimizer.adapter_state_dict("a"), before, rtol=0, atol=0)
+
+
+def unchanged_by(optimizer, error, call):
+    """Whether a call raises this and leaves options, state and order of the groups."""
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match=error):
+        call()
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+    return optimizer.param_groups == groups
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dim", [1, 800])
+def test_a_whole_state_of_another_bottleneck_is_refused(dim, fused, model):
+    """PyTorch's fused step read and wrote past the end of the smaller moments, and crashed."""
+    saved = train_together(model, "names").state_dict()
+    other = Model()
+    other[2].remove_adapter("module")
+    other[2].add_adapter("module", config(dim=dim))
+    names = [*(name for name in NAMES if name != "module"), "module"]
+    optimizer = AdamW(other, lr=0.5, fused=fused, adapters=names)
+    shape = list(adapters_of(model, "module")[1].module[1].weight.shape)
+    error = (
+        rf"'exp_avg' of 2\.adapter_layer\.module\.module\.1\.weight must have shape "
+        rf"\[{dim}, {D}\], got \[{shape[0]}, {D}\]"
+    )
+    assert unchanged_by(optimizer, error, lambda: optimizer.load_state_dict(saved))
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+def test_each_tensor_of_a_state_must_have_its_shape(key, model):
+    """Of one adapter's state only exp_avg was looked at, of a whole one nothing."""
+    optimizer = train_together(model, "names")
+    state = copy.deepcopy(optimizer.adapter_state_dict("module"))
+    state["state"]["2:module.1.weight"][key] = torch.ones(2)
+    error = f"'{key}' of '2:module.1.weight' of adapter 'module' must have shape"
+    assert unchanged_by(
+        optimizer, error, lambda: optimizer.load_adapter_state_dict("module", state)
+    )
+    head = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [head], "amsgrad": True})
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][state["param_groups"][-1]["params"][0]][key] = torch.ones(2)
+    error = rf"'{key}' of param_groups\[4\]\['params'\]\[0\] must have shape"
+    assert unchanged_by(optimizer, error, lambda: optimizer.load_state_dict(state))
+
+
+def test_a_parameter_of_two_groups_changes_no_group(model):
+    """The groups had been reordered, and some of them dropped, when PyTorch refused it."""
+    optimizer = AdamW(model, adapters=["a"])
+    optimizer.add_param_group({"params": list(adapters_of(model, "a1")[0].parameters())})
+    error = "adapter 'a1' has a parameter that another group has too"
+    assert unchanged_by(optimizer, error, optimizer.match_model)
+    adapters_of(model, "1")[0].module[0].bias = adapters_of(model, "module")[0].module[0].bias
+    error = "adapter '1' has a parameter that another group has too"
+    assert unchanged_by(optimizer, error, lambda: optimizer.match_model(["a", "module", "1"]))
 
 
 # --- The loss -------------------------------------------------------------------------------------
