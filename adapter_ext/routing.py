@@ -143,8 +143,8 @@ def _from_names(
             f"names must be a sequence of names, one a sample, or an int64 tensor of indices; "
             f"got {names if isinstance(names, str) else type(names).__name__!r}"
         )
-    names = [_without_place(module, name) for name in names]
-    used = {name: i for i, name in enumerate(dict.fromkeys(n for n in names if n is not None))}
+    own = {n: _without_place(module, n) for n in dict.fromkeys(names) if n is not None}
+    used = {name: i for i, name in enumerate(dict.fromkeys(own.values()))}
     unknown = set(used)
     for host in hosts:
         here = used.keys() & host._adapters().keys()
@@ -155,15 +155,17 @@ def _from_names(
     if unknown:
         name = next(name for name in used if name in unknown)
         raise ValueError(f"there is no adapter named {name!r}; there are {list(_index(hosts))}")
-    ids = torch.tensor([-1 if n is None else used[n] for n in names], dtype=torch.int64)
+    places: dict[str | None, int] = {None: -1}
+    places.update((name, used[own[name]]) for name in own)
+    ids = torch.tensor([places[name] for name in names], dtype=torch.int64)
     shared = _shared_by_processes(hosts)
     others = [name for name in shared if name not in used]
     # Samples are counted here also where all adapters have some: they may have none elsewhere.
     return Routes((*used, *others), ids, any_may_be_idle=bool(shared), shared=bool(others))
 
 
-def _without_place(module: nn.Module, name: str | None) -> str | None:
-    """The adapter's own name; that a model gave it to the place is checked there."""
+def _without_place(module: nn.Module, name: str) -> str:
+    """The adapter's own name; that a model has it in the place is checked there."""
     if isinstance(module, AdapterModelPTMixin) and isinstance(name, str) and ":" in name:
         return module._require(name)
     return name
