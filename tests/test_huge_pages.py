@@ -51,7 +51,21 @@ def flags(tensor: torch.Tensor, offset: int) -> list[str]:
     raise AssertionError("the tensor's memory is not mapped")
 
 
-def test_huge_pages_are_asked_for_large_results() -> None:
+def run_alone(function: str, **environment: str) -> None:
+    """Runs a function of this file in a process of its own.
+
+    Others have freed memory, of which the C library gives some even to large results.
+    """
+    subprocess.run(
+        [sys.executable, "-c", f"import test_huge_pages as t; t.{function}()"],
+        cwd=pathlib.Path(__file__).parent,
+        env={**os.environ, **environment},
+        check=True,
+        timeout=120,
+    )
+
+
+def large_results() -> None:
     """Above 32 MiB, so that the C library gives new memory to each."""
     x = torch.randn(9000, 1024, requires_grad=True)
     weights = make_weights([3], 1024)
@@ -63,6 +77,10 @@ def test_huge_pages_are_asked_for_large_results() -> None:
     assert "hg" in flags(dx, 0)
 
 
+def test_huge_pages_are_asked_for_large_results() -> None:
+    run_alone("large_results")
+
+
 def test_none_are_asked_for_small_results() -> None:
     """The C library may have kept their memory."""
     x = torch.randn(1000, 1024)
@@ -71,7 +89,7 @@ def test_none_are_asked_for_small_results() -> None:
 
 
 def results_by_slow_pages() -> None:
-    """What the test below runs in a process in which each huge page takes 40 ms."""
+    """In a process in which each huge page takes 40 ms."""
     torch.set_num_threads(1)
     x = torch.randn(9000, 1024)
     weights = make_weights([3], 1024)
@@ -90,11 +108,4 @@ def test_small_pages_are_taken_where_huge_ones_are_slow(tmp_path: pathlib.Path) 
     source, library = tmp_path / "slow.c", tmp_path / "slow.so"
     source.write_text(SLOW_HUGE_PAGES)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    program = "import test_huge_pages as t; t.results_by_slow_pages()"
-    subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=pathlib.Path(__file__).parent,
-        env={**os.environ, "LD_PRELOAD": str(library)},
-        check=True,
-        timeout=120,
-    )
+    run_alone("results_by_slow_pages", LD_PRELOAD=str(library))
