@@ -4,6 +4,7 @@
 // the memory of the results beforehand.
 #pragma once
 
+#include <deque>
 #include <tuple>
 
 #include "tensor_checks.h"
@@ -108,6 +109,12 @@ class LinearAdapterArguments {
     const ScalarType x_type = x_.scalar_type(), type = count ? down[0].scalar_type() : x_type;
     p_.hidden_stride = 0;
     views_.resize(count);
+    // A parameter of a list may be a transposed tensor. A stack is too much to be copied unasked.
+    const auto in_rows = [&](const Tensor& tensor) -> const Tensor& {
+      const int64_t last = tensor.dim() - 1;
+      if (stack || tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;
+      return copies_.emplace_back(as_contiguous(tensor));
+    };
     for (size_t a = 0; a < count; ++a) {
       const int64_t i = stack ? -1 : static_cast<int64_t>(a);
       const auto check = [&](const Tensor& tensor, const char* argument, int64_t expected_dims) {
@@ -126,7 +133,7 @@ class LinearAdapterArguments {
           fail(name, "expected ", expected_dims, " dimensions, got shape ", shape_text(tensor));
         }
         const int64_t last = tensor.dim() - 1;
-        if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
+        if (stack && tensor.size(last) > 1 && tensor.stride(last) != 1) {
           fail(name, "expected a last dimension with stride 1, got stride ", tensor.stride(last));
         }
       };
@@ -148,12 +155,13 @@ class LinearAdapterArguments {
         check_shape({kOp, "norm_weight", i}, norm_weight[a], {width});
         check_shape({kOp, "norm_bias", i}, norm_bias[a], {width});
       }
-      views_[a] = {norm_weight[a].data_ptr(),
-                   norm_bias[a].data_ptr(),
-                   down[a].data_ptr(),
-                   up[a].data_ptr(),
-                   down[a].stride(dims - 2),
-                   up[a].stride(dims - 2),
+      const Tensor &down_rows = in_rows(down[a]), &up_rows = in_rows(up[a]);
+      views_[a] = {in_rows(norm_weight[a]).data_ptr(),
+                   in_rows(norm_bias[a]).data_ptr(),
+                   down_rows.data_ptr(),
+                   up_rows.data_ptr(),
+                   down_rows.stride(dims - 2),
+                   up_rows.stride(dims - 2),
                    r};
       p_.hidden_stride = r > p_.hidden_stride ? r : p_.hidden_stride;
     }
@@ -216,6 +224,7 @@ class LinearAdapterArguments {
   ScalarType accumulate_type_;
   LinearAdapterProblem p_{};
   std::vector<AdapterView> views_;
+  std::deque<Tensor> copies_;  // of weights, which views refer to
 };
 
 inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type,
@@ -322,9 +331,8 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
   check_contiguous({op, "saved"}, saved);
   check_device({op, "grad_y"}, grad_y, arguments.device());
   check_type({op, "grad_y"}, grad_y, {from.scalar_type()});
-  if (grad_y.numel() != from.numel()) {
-    fail({op, "grad_y"}, "expected the shape of x, ", shape_text(from), ", got ",
-         shape_text(grad_y));
+  if (grad_y.sizes() != x.sizes()) {
+    fail({op, "grad_y"}, "expected the shape of x, ", shape_text(x), ", got ", shape_text(grad_y));
   }
   const size_t count = weights.size() / 4;
   if (needed.size() != 1 + weights.size()) {

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from op_testing import ACTIVATIONS, Call, Case, Recorder, Results, assert_results_close, map_weights
+from op_testing import (
+    ACTIVATIONS,
+    Call,
+    Case,
+    Recorder,
+    Results,
+    assert_results_close,
+    make_weights,
+    map_weights,
+)
 from torch import Tensor
 
 import adapter_ext
@@ -143,6 +153,29 @@ WANTED = {
     "x-and-one-down": ["x", "down[2]"],
 }
 every_request = pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED.keys())
+
+
+@pytest.mark.parametrize("upstream", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_that_are_not_finite(activation: str, upstream: float) -> None:
+    """Those of PyTorch: dead units of relu and hardtanh pass none, infinite ones either."""
+    generator = torch.Generator().manual_seed(0)
+    weights = map_weights(
+        lambda w: w.requires_grad_(),
+        make_weights((13,), 11, dtype=torch.float64, generator=generator),
+    )
+    x = torch.randn(9, 11, dtype=torch.float64, generator=generator, requires_grad=True)
+    dy = torch.zeros_like(x)
+    dy[4, 7] = upstream
+    results = []
+    for op in (reference.linear_adapter, adapter_ext.linear_adapter):
+        y, _ = op(x, weights, activation=activation)
+        results.append(torch.autograd.grad(y, [x, weights[2][0]], dy))
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite())
+    # A dead unit's row of the first weights is left alone.
+    dead = results[0][1].isfinite().all(1)
+    assert dead.any() == (activation in ("relu", "hardtanh"))
 
 
 @every_request

@@ -52,25 +52,26 @@ ADAPTER_EXT_HOST_DEVICE V activate(V h) {
   }
 }
 
-// act'(h); at kinks the value that PyTorch's autograd uses.
+// `gradient` times act'(h); at kinks act' is what PyTorch's autograd has. Where it is 0 by
+// definition the result is 0 whatever the gradient, infinite or NaN, as there.
 template <Activation activation, class Math, class V>
-ADAPTER_EXT_HOST_DEVICE V activation_derivative(V h) {
+ADAPTER_EXT_HOST_DEVICE V activation_gradient(V h, V gradient) {
   const V zero = Math::splat(0.0), one = Math::splat(1.0);
   if constexpr (activation == Activation::kIdentity) {
-    return one;
+    return gradient;
   } else if constexpr (activation == Activation::kHardtanh) {
-    return Math::select(h <= -one, zero, Math::select(h >= one, zero, one));
+    return Math::select(h <= -one, zero, Math::select(h >= one, zero, gradient));
   } else if constexpr (activation == Activation::kRelu) {
-    return Math::select(h <= zero, zero, one);
+    return Math::select(h <= zero, zero, gradient);
   } else if constexpr (activation == Activation::kSelu) {
-    return Math::splat(kSeluScale) *
-           Math::select(h > zero, one, Math::splat(kSeluAlpha) * Math::exp(h));
+    return gradient * (Math::splat(kSeluScale) *
+                       Math::select(h > zero, one, Math::splat(kSeluAlpha) * Math::exp(h)));
   } else if constexpr (activation == Activation::kSwish) {
     const Sigmoid<V> s = sigmoid<Math>(h);
-    return s.of * (one + h * s.of_minus);
+    return gradient * (s.of * (one + h * s.of_minus));
   } else if constexpr (activation == Activation::kGelu) {
     const auto normal = Math::gaussian(h);
-    return normal.cdf + h * normal.pdf;
+    return gradient * (normal.cdf + h * normal.pdf);
   } else {
     // Beyond 64 it is 0 or 1 to the last bit, and the slope would overflow.
     const V bound = Math::splat(64.0);
@@ -79,7 +80,7 @@ ADAPTER_EXT_HOST_DEVICE V activation_derivative(V h) {
     const V u = Math::splat(kSqrtTwoOverPi) * (h + Math::splat(kGeluCubic) * square * h);
     const V slope = Math::splat(kSqrtTwoOverPi) * (one + Math::splat(3.0 * kGeluCubic) * square);
     const Sigmoid<V> s = sigmoid<Math>(u + u);
-    return s.of + h * s.of * s.of_minus * (slope + slope);
+    return gradient * (s.of + h * s.of * s.of_minus * (slope + slope));
   }
 }
 

@@ -659,8 +659,8 @@ class RowPass {
         C* dh = results_.hidden_gradient.row(segment, first + i);
         for_each_vector<C>(r, [&](int64_t j, auto extent) {
           const Vector<C> own = load<C>(h + j, extent);
-          const Vector<C> v = Product::round(load<C>(dz + j, extent) *
-                                             activation_derivative<activation, VectorMath<C>>(own));
+          const Vector<C> v = Product::round(
+              activation_gradient<activation, VectorMath<C>>(own, load<C>(dz + j, extent)));
           if (pre_) {
             sum += v * load<C>(down_weight_ + j, extent);
             product_sum += v * (own - load<C>(down_bias_ + j, extent));

@@ -494,12 +494,12 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
 #pragma unroll 1
     for (int i = own_row(); i < rows; i += down) {
       const bool is_active = i < count && tile.active()[i];
-      C h[n], dh[n], sum[n];
+      C h[n], dh[n];
       load_hidden(i, j, h);
-      derivatives(b.activation, h, dh);
-      load_aligned(sum, sums + i * kSumPitch<C> + own_column());
+      load_aligned(dh, sums + i * kSumPitch<C> + own_column());
+      gradients_before_activation(b.activation, h, dh);
 #pragma unroll
-      for (int e = 0; e < n; ++e) dh[e] = is_active && j + e < r ? dh[e] * sum[e] : C(0);
+      for (int e = 0; e < n; ++e) dh[e] = is_active && j + e < r ? dh[e] : C(0);
       store_vector(static_cast<T*>(params.hidden_gradients) + first * padded, i, j, dh);
       if (!tile.pre) continue;
       // Over a row's elements in one order, whatever the tile.

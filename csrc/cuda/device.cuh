@@ -221,8 +221,10 @@ void launch(const char* name, void (*kernel)(Params), int64_t blocks, int thread
   if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows");
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > 48 * 1024) {
+    // What it may have at most, not what this launch has: another thread may be about to launch it
+    // with more.
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)),
+                               device_limits().shared_memory),
           name);
   }
   void* arguments[] = {const_cast<Params*>(&params)};

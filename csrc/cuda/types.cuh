@@ -222,12 +222,14 @@ __device__ __forceinline__ void activate_all(Activation activation, C (&h)[n]) {
     for (int e = 0; e < n; ++e) h[e] = activate<kind, ScalarMath<C>>(h[e]);
   });
 }
-// The derivatives at elements of h.
+// Gradients of act(h) to those of h, in place.
 template <class C, int n>
-__device__ __forceinline__ void derivatives(Activation activation, const C (&h)[n], C (&to)[n]) {
+__device__ __forceinline__ void gradients_before_activation(Activation activation, const C (&h)[n],
+                                                            C (&gradient)[n]) {
   dispatch_activation(activation, [&]<Activation kind>() {
 #pragma unroll
-    for (int e = 0; e < n; ++e) to[e] = activation_derivative<kind, ScalarMath<C>>(h[e]);
+    for (int e = 0; e < n; ++e)
+      gradient[e] = activation_gradient<kind, ScalarMath<C>>(h[e], gradient[e]);
   });
 }
 
