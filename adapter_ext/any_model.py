@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, read_write
 from torch import nn
@@ -28,6 +28,9 @@ from adapter_ext.model_mixin import AdapterModelPTMixin, chosen, load_states, re
 from adapter_ext.names import check_adapter_name
 from adapter_ext.registry import targets_of_a_file, to_plain_config
 from adapter_ext.routing import routed_hosts
+
+if TYPE_CHECKING:
+    from adapter_ext.routing import Routes
 
 
 def add_adapter(model: nn.Module, name: str, cfg: Any) -> None:
@@ -225,7 +228,14 @@ def checkpoint_context(
         for own in routes.values():
             if own is not None:
                 own.for_backward = True
-        return nullcontext(), routed_hosts({h: r for h, r in routes.items() if r is not None})
+        return nullcontext(), again(routes)
+
+    @contextmanager
+    def again(routes: dict[AdapterModuleMixin, Routes | None]) -> Iterator[None]:
+        # Hosts that were not routed are not, either, though they may be by now.
+        hidden = {h for h, r in routes.items() if r is None and routes_in_force(h) is not None}
+        with routed_hosts({h: r for h, r in routes.items() if r is not None or h in hidden}):
+            yield
 
     return contexts
 

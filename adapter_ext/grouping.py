@@ -38,7 +38,7 @@ class Form(NamedTuple):
 
     def is_stock(self) -> bool:
         """Whether no method that matters is patched on the classes."""
-        return is_stock_class(self.strategy_class) and self.adapter_class.forward is _STOCK_FORWARD
+        return is_stock_class(self.strategy_class) and self.adapter_class._has_stock_class()
 
 
 class Group(NamedTuple):
@@ -207,5 +207,4 @@ def _split(
     ]
 
 
-_STOCK_FORWARD = LinearAdapter.forward
 _STOCK_FORWARD_SINGLE = AdapterModuleMixin.forward_single_enabled_adapter_

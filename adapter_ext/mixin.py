@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from abc import ABC
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -89,10 +90,10 @@ class AdapterModuleMixin(ABC):
     _enabled_adapters: dict[str, None] = {}  # noqa: RUF012  (replaced, never changed in place)
     # The routes in force, the innermost last, each with the thread that set it. Plain attributes:
     # torch.compile refuses ContextVar, and reads a thread-local once and for all.
-    _adapter_routes: tuple[tuple[int, Routes], ...] = ()
-    # The marks of the routes of the last call with gradients (True) and without, either of which a
-    # checkpoint's may be: by them a call that computes it again finds that it has other routes.
-    _last_routes: Mapping[bool, object] = {}
+    _adapter_routes: tuple[tuple[int, Routes | None], ...] = ()
+    # The last changes of the routes in force, outside of backward passes: thread, the number of its
+    # next autograd node, and the mark of the routes from there on, None for none.
+    _route_history: deque[tuple[int, int, object]] | None = None
     _sample_counter: Counter | None = None
 
     # --- Adding -----------------------------------------------------------------------------------
@@ -111,6 +112,8 @@ class AdapterModuleMixin(ABC):
             ValueError: if the name is taken, reserved or malformed, the adapter's type is unknown
                 or not accepted here, ``enabled`` is no bool, or this module belongs to a model that
                 was given adapters, but not this one. Nothing has changed then.
+            omegaconf.errors.OmegaConfBaseException: if a value of cfg is missing (``"???"``), or
+                an interpolation leads nowhere.
         """
         plain = to_plain_config(cfg)
         if self.get_accepted_adapter_types():
@@ -196,8 +199,8 @@ class AdapterModuleMixin(ABC):
 
     def _rename_module(self, old: str, new: str) -> None:
         adapters = {new if name == old else name: a for name, a in self._adapters().items()}
-        self.adapter_layer.clear()
-        self.adapter_layer.update(adapters)
+        # At once: another thread may be running those that are not renamed.
+        self.adapter_layer.__dict__["_modules"] = adapters
 
     def set_accepted_adapter_types(self, adapter_types: list[type | str]) -> None:
         """Restricts what may be added here to some classes and their subclasses.
@@ -412,22 +415,8 @@ class AdapterModuleMixin(ABC):
             ValueError: under routing, if input does not fit the routes.
         """
         routes = routes_in_force(self) if self._adapter_routes or _traced_routes else None
-        if not torch.compiler.is_compiling():
-            mark = None if routes is None else routes.mark
-            # Within a backward pass: torch.utils.checkpoint computes the module again.
-            if torch._C._current_graph_task_id() == -1:
-                last = {**self._last_routes, torch.is_grad_enabled(): mark}
-                self.__dict__["_last_routes"] = last
-            elif (
-                self._last_routes
-                and mark not in self._last_routes.values()
-                and not (routes is not None and routes.for_backward)
-            ):
-                raise RuntimeError(
-                    f"a routed {type(self).__name__} is now computed again, for the backward, "
-                    f"without the routes; give torch.utils.checkpoint (use_reentrant=False) "
-                    f"context_fn=adapter_ext.checkpoint_context(model)"
-                )
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            self._check_recomputation()
         if routes is not None:
             return routes.forward(self, input)
         for name in self._enabled_adapters:
@@ -486,7 +475,35 @@ class AdapterModuleMixin(ABC):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Nobody has routed a copy.
-        return without(super().__reduce_ex__(protocol), "_adapter_routes", "_last_routes")
+        return without(super().__reduce_ex__(protocol), "_adapter_routes", "_route_history")
+
+    def _check_recomputation(self) -> None:
+        """Checks that what a backward pass computes again has the routes that it had.
+
+        The node that wants it was made as it was computed first, and nodes are numbered: by its
+        number the history tells which routes were in force.
+        """
+        node = torch._C._current_autograd_node()
+        if self._route_history is None or node is None:
+            return
+        history = tuple(self._route_history)  # other threads may add to it
+        this = threading.get_ident()
+        mark: object = None
+        for thread, routes in reversed(self._adapter_routes):
+            if thread == this:
+                if routes is None or routes.for_backward:
+                    return
+                mark = routes.mark
+                break
+        threads = {thread for thread, _, _ in history}
+        # On a GPU this is a thread of autograd's, which routes nothing.
+        for thread in {this} if this in threads else threads:
+            if _mark_at(history, thread, node._sequence_nr()) is not mark:
+                raise RuntimeError(
+                    f"a routed {type(self).__name__} is now computed again, for the backward, "
+                    f"without the routes; give torch.utils.checkpoint (use_reentrant=False) "
+                    f"context_fn=adapter_ext.checkpoint_context(model)"
+                )
 
     def _host(self) -> nn.Module:
         return cast(nn.Module, self)
@@ -496,7 +513,7 @@ class AdapterModuleMixin(ABC):
     ) -> None:
         """Makes the configuration of a whole model this module's; it says what is enabled."""
         self._shares_adapter_cfg = True
-        self._refer_to(cfg)
+        self._adapter_cfg = cfg
         self._enable(enabled)
         if model_guid is not None:
             # Auxiliary losses are registered under the name by which the model asks for them.
@@ -518,9 +535,6 @@ class AdapterModuleMixin(ABC):
                 f"which would lose their configuration; one of both models can have adapters"
             )
 
-    def _refer_to(self, cfg: DictConfig) -> None:
-        self._adapter_cfg = cfg
-
     def _adapter_state(self) -> tuple[nn.ModuleDict | None, dict[str, Any], dict[str, Any]]:
         """What :meth:`_restore_adapter_state` needs to undo changes of this module's adapters."""
         layer = cast("nn.ModuleDict | None", self._modules.get("adapter_layer"))
@@ -534,12 +548,13 @@ class AdapterModuleMixin(ABC):
         if layer is None:
             self._modules.pop("adapter_layer", None)
         else:
-            layer._modules.clear()
-            layer._modules.update(adapters)
+            # At once: another thread may be running these.
+            layer.__dict__["_modules"] = adapters
             self._modules["adapter_layer"] = layer
-        for key in _STATE:
-            self.__dict__.pop(key, None)
         self.__dict__.update(kept)
+        for key in _STATE:
+            if key not in kept:
+                self.__dict__.pop(key, None)
 
     def _adapters(self) -> dict[str, nn.Module]:
         layer = self._modules.get("adapter_layer")
@@ -633,8 +648,12 @@ def adapter_losses(model: nn.Module) -> dict[str, Tensor]:
         A scalar by adapter name, summed over layers; only of adapters that left one.
     """
     losses: dict[str, Tensor] = {}
+    seen: set[nn.Module] = set()  # hosts may share an adapter, which has the losses of all
     for host in hosts_of(model):
         for name, adapter in host._adapters().items():
+            if adapter in seen:
+                continue
+            seen.add(adapter)
             for tensors in AccessMixin.get_module_registry(adapter).values():
                 for loss in tensors.get(ADAPTER_LOSS, ()):
                     losses[name] = losses[name] + loss if name in losses else loss
@@ -694,6 +713,42 @@ def leave_traced_routes(outer: _TracedRoutes) -> None:
     _traced_routes = outer
 
 
+def set_routes(stacks: Mapping[AdapterModuleMixin, tuple[tuple[int, Routes | None], ...]]) -> None:
+    """Changes the routes of hosts, and keeps what this changed for this thread."""
+    this = threading.get_ident()
+    number = None
+    if not torch.is_inference_mode_enabled() and torch._C._current_graph_task_id() == -1:
+        number = torch._C._autograd._get_sequence_nr()
+    for host, stack in stacks.items():
+        # Not by nn.Module.__setattr__, which costs more than a microsecond a host.
+        own = host.__dict__
+        if stack:
+            own["_adapter_routes"] = stack
+        else:  # as before the first context: compiled code would see a difference
+            own.pop("_adapter_routes", None)
+        if number is not None:
+            history = own.get("_route_history")
+            if history is None:
+                own["_route_history"] = history = deque(maxlen=_HISTORY)
+            mark = None
+            for thread, routes in reversed(stack):
+                if thread == this:
+                    mark = None if routes is None else routes.mark
+                    break
+            history.append((this, number, mark))
+
+
+_HISTORY = 128
+
+
+def _mark_at(history: tuple[tuple[int, int, object], ...], thread: int, number: int) -> object:
+    """The mark of the routes in which a node of that number was made; no mark if not known."""
+    for of, first, mark in reversed(history):
+        if of == thread and first <= number:
+            return mark
+    return object() if len(history) == _HISTORY else None
+
+
 def routes_in_force(host: AdapterModuleMixin) -> Routes | None:
     """The routes that hold for a host in this thread; None if it is not routed."""
     stack = host._adapter_routes
@@ -706,10 +761,7 @@ def routes_in_force(host: AdapterModuleMixin) -> Routes | None:
             raise RuntimeError("a compiled module can be routed by one thread at a time only")
         return stack[-1][1] if stack else None
     this = threading.get_ident()
-    for thread, routes in reversed(stack):
-        if thread == this:
-            return routes
-    return None
+    return next((routes for thread, routes in reversed(stack) if thread == this), None)
 
 
 def _freeze_batchnorm(norm: _BatchNorm) -> None:

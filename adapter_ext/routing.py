@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from adapter_ext.mixin import (
     enter_traced_routes,
     hosts_of,
     leave_traced_routes,
+    set_routes,
 )
 from adapter_ext.model_mixin import AdapterModelPTMixin
 from adapter_ext.strategies import (
@@ -65,11 +66,11 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
     ``context_fn=checkpoint_context(model)`` (:func:`adapter_ext.checkpoint_context`).
 
     With names, adapters that no sample uses get no gradient (None): optimizers of PyTorch leave
-    them alone. With indices every enabled adapter gets one, zero for those without samples, so that
-    the same code, compiled or not, does for any indices; for that, all adapters go through the op
-    in training, where gradients are enabled, and in compiled code, which takes long with thousands
-    of them. In several processes, where gradients are summed, names give one to all enabled
-    adapters that are trained, too.
+    them alone. With indices every enabled adapter that the op computes gets one, zero for those
+    without samples, so that the same code, compiled or not, does for any indices; for that, all
+    adapters go through the op in training, where gradients are enabled, and in compiled code, which
+    takes long with thousands of them. In several processes, where gradients are summed, names give
+    one to all enabled adapters that are trained, too.
     :func:`adapter_ext.optim.drop_idle_gradients` tells those zeros from others.
 
     Args:
@@ -103,29 +104,28 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
     if routes.any_may_be_idle and torch.is_grad_enabled():
         for host in hosts:
             sample_counts.prepare(host)
+        routes.restarting.update(host for host in hosts if sample_counts.may_restart(host))
     with routed_hosts(dict.fromkeys(hosts, routes)):
         yield
 
 
 @contextmanager
-def routed_hosts(routes: Mapping[AdapterModuleMixin, Routes]) -> Iterator[None]:
-    """Within this context, the routes of hosts hold for them in this thread."""
+def routed_hosts(routes: Mapping[AdapterModuleMixin, Routes | None]) -> Iterator[None]:
+    """Within this context, the routes of hosts, None for none, hold for them in this thread."""
     this = threading.get_ident()
     entries = {host: (this, own) for host, own in routes.items()}
-    # Not by nn.Module.__setattr__, which costs more than a microsecond a host.
     with _lock:
-        for host, entry in entries.items():
-            object.__setattr__(host, "_adapter_routes", (*host._adapter_routes, entry))
+        set_routes({host: (*host._adapter_routes, entry) for host, entry in entries.items()})
     try:
         yield
     finally:
         with _lock:
-            for host, entry in entries.items():
-                kept = tuple(e for e in host._adapter_routes if e is not entry)
-                if kept:
-                    object.__setattr__(host, "_adapter_routes", kept)
-                else:  # as before the first context: compiled code would see a difference
-                    host.__dict__.pop("_adapter_routes", None)
+            set_routes(
+                {
+                    host: tuple(e for e in host._adapter_routes if e is not entry)
+                    for host, entry in entries.items()
+                }
+            )
 
 
 def _index(hosts: list[AdapterModuleMixin]) -> dict[str, int]:
@@ -146,8 +146,9 @@ def _from_names(
     own = {n: _without_place(module, n) for n in dict.fromkeys(names) if n is not None}
     used = {name: i for i, name in enumerate(dict.fromkeys(own.values()))}
     unknown = set(used)
+    present = {}
     for host in hosts:
-        here = used.keys() & host._adapters().keys()
+        present[host] = here = used.keys() & host._adapters().keys()
         unknown -= here
         disabled = here - host._enabled_adapters.keys()
         if disabled:
@@ -155,13 +156,22 @@ def _from_names(
     if unknown:
         name = next(name for name in used if name in unknown)
         raise ValueError(f"there is no adapter named {name!r}; there are {list(_index(hosts))}")
+    shared = _shared_by_processes(hosts)
+    has_others = not shared.keys() <= used.keys()
+    if shared:  # in one order in all processes, which may have to gather parameters of each
+        wanted = used.keys() | shared.keys()
+        used = {name: i for i, name in enumerate(n for n in _index(hosts) if n in wanted)}
     places: dict[str | None, int] = {None: -1}
     places.update((name, used[own[name]]) for name in own)
     ids = torch.tensor([places[name] for name in names], dtype=torch.int64)
-    shared = _shared_by_processes(hosts)
-    others = [name for name in shared if name not in used]
-    # Samples are counted here also where all adapters have some: they may have none elsewhere.
-    return Routes((*used, *others), ids, any_may_be_idle=bool(shared), shared=bool(others))
+    return Routes(
+        tuple(used),
+        ids,
+        # Samples are counted here also where all adapters have some: they may have none elsewhere.
+        any_may_be_idle=bool(shared),
+        shared=has_others,
+        present=present,
+    )
 
 
 def _without_place(module: nn.Module, name: str) -> str:
@@ -184,7 +194,7 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
         for name in host._adapters().keys() - host._enabled_adapters.keys()
     }
     used = None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_capturing(ids.device):
         _assert_usable(ids, index, disabled)
     else:
         present = ids.unique().tolist()  # type: ignore[no-untyped-call]
@@ -198,30 +208,38 @@ def _from_indices(ids: Tensor, module: nn.Module, hosts: list[AdapterModuleMixin
                 raise _disabled_error(name, module, host)
         used = [i for i in present if i >= 0]
     names = tuple(None if name in disabled else name for name in index)
+    present = {}
+    if used is not None:
+        some = dict.fromkeys(names[i] for i in used)
+        present = {host: some.keys() & host._adapters().keys() for host in hosts}
     shared = bool(_shared_by_processes(hosts))
-    return Routes(names, ids, any_may_be_idle=True, shared=shared, used=used)
+    return Routes(names, ids, any_may_be_idle=True, shared=shared, used=used, present=present)
 
 
-def _shared_by_processes(hosts: list[AdapterModuleMixin]) -> list[str]:
-    """Adapters that need a gradient here, as another process may route samples to them.
+def _shared_by_processes(hosts: list[AdapterModuleMixin]) -> dict[str, None]:
+    """Adapters that must run here, as another process may route samples to them.
 
     Returns:
-        The adapters that are trained and nowhere disabled; none in a single process.
+        The adapters that are trained, or sharded, and nowhere disabled; none in a single process.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        return []
-    if distributed.get_world_size() == 1 or not torch.is_grad_enabled():
-        return []
-    trained: dict[str, None] = {}
+        return {}
+    if distributed.get_world_size() == 1:
+        return {}
+    trains = torch.is_grad_enabled()
+    needed: dict[str, None] = {}
     disabled: set[str] = set()
     for host in hosts:
         for name, adapter in host._adapters().items():
             if name not in host._enabled_adapters:
                 disabled.add(name)
-            elif any(p.requires_grad for p in adapter.parameters()):
-                trained[name] = None
-    return [name for name in trained if name not in disabled]
+            elif any(
+                (trains and p.requires_grad) or sample_counts.is_sharded(p)
+                for p in adapter.parameters()
+            ):
+                needed[name] = None
+    return {name: None for name in needed if name not in disabled}
 
 
 def _assert_usable(ids: Tensor, index: dict[str, int], disabled: Iterable[str]) -> None:
@@ -250,6 +268,7 @@ class Routes:
         any_may_be_idle: whether some of the names may have no samples, here or in another process.
         shared: whether other processes may have samples of the names that have none here.
         used: the indices among ids; None: not known, or all of them.
+        present: the adapters that a module has, of those with samples.
     """
 
     def __init__(
@@ -260,6 +279,7 @@ class Routes:
         any_may_be_idle: bool,
         shared: bool,
         used: list[int] | None = None,
+        present: Mapping[AdapterModuleMixin, Set[str | None]] | None = None,
     ) -> None:
         self._names = names
         self.ids = ids
@@ -267,6 +287,10 @@ class Routes:
         self.any_may_be_idle = any_may_be_idle
         self._shared = shared
         self._used = used
+        self._present = present or {}
+        # Modules that had no gradients as these routes were made: if there are none, either, as
+        # they are called, samples are counted anew.
+        self.restarting: set[AdapterModuleMixin] = set()
         # Of checkpoints, which compiled code has no part in. A mark tells which routes these are
         # where they are not to be kept. `for_backward`: whether a backward may compute by them, as
         # they were made in one, or kept for it by checkpoint_context.
@@ -289,7 +313,8 @@ class Routes:
         Raises:
             AttributeError: if an adapter has no ``adapter_strategy``.
             TypeError: if x is no tensor.
-            ValueError: if x does not fit the ids, or an adapter has been disabled meanwhile.
+            ValueError: if x does not fit the ids, or an adapter has been disabled, removed or
+                renamed meanwhile.
             RuntimeError: if the ids were written to meanwhile.
         """
         if not isinstance(x, Tensor):
@@ -306,6 +331,7 @@ class Routes:
             raise RuntimeError(
                 "the indices of adapters were changed in place within route_adapters: enter it anew"
             )
+        given = x
         groups, alone = group(host, self._chosen(host))
         # A call leaves the samples of other groups as they are, so the calls can be chained.
         for alike in groups:
@@ -316,13 +342,17 @@ class Routes:
         if (
             self.any_may_be_idle
             and counter is not None
+            and x is not given  # nothing ran, and the count would be in the place of the input
             and (x.requires_grad or _is_transformed())
             and torch.is_grad_enabled()
             and forward_ad._current_level < 0
             and not torch.compiler.is_exporting()
         ):
             offsets = self._routing(counter.names, x.device).offsets
-            x = sample_counts.count(host, counter, x, offsets.diff())
+            restart = not torch.compiler.is_compiling() and host in self.restarting
+            if restart:
+                self.restarting.discard(host)
+            x = sample_counts.count(host, counter, x, offsets.diff(), restart=restart)
         return x
 
     def _chosen(self, host: AdapterModuleMixin) -> dict[str, nn.Module]:
@@ -331,12 +361,24 @@ class Routes:
         Those without samples are there for their gradients. In training they count for the draws
         as well; compiled code is for any indices, and must not look at these.
         """
-        wants_all = host.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        wants_all = (
+            self._shared
+            or host.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        )
         names: Iterable[str | None] = self._names
         if not wants_all and self._used is not None:
             names = [self._names[i] for i in self._used]
         adapters = host._adapters()
         chosen = {name: adapters[name] for name in names if name in adapters}
+        if not torch.compiler.is_compiling():  # which would guard on what other routes don't share
+            gone = self._present.get(host, set()) - chosen.keys()
+            if gone:
+                raise ValueError(
+                    f"adapter {min(map(str, gone))!r} was removed or renamed within "
+                    f"route_adapters: enter it anew"
+                )
         disabled = chosen.keys() - host._enabled_adapters.keys()
         if disabled:
             raise _disabled_error(min(disabled), host._host(), host)
@@ -388,7 +430,8 @@ class Routes:
                 f"adapter {name!r} must keep the shape of its input under routing: "
                 f"{list(mine.shape)} became {list(y.shape)}"
             )
-        return samples.index_copy(0, own, y.to(x.dtype)).reshape(x.shape)
+        with torch.autocast(x.device.type, enabled=False):  # the types are the same
+            return samples.index_copy(0, own, y.to(x.dtype)).reshape(x.shape)
 
     def _routing(self, names: tuple[str, ...], device: torch.device) -> Routing:
         def make() -> Routing:
@@ -400,12 +443,12 @@ class Routes:
                 ids = _constant(table, torch.int64, device)[ids]
             return ops.route(ids, len(names))
 
-        return cast(Routing, self._once((names, device), make))
+        return cast(Routing, self._once(names, device, make))
 
     def _ids_on(self, device: torch.device) -> Tensor:
         if self.ids.device == device:
             return self.ids
-        return cast(Tensor, self._once(device, lambda: self.ids.to(device)))
+        return cast(Tensor, self._once("ids", device, lambda: self.ids.to(device)))
 
     def _l2_lambda(self, values: tuple[float, ...], x: Tensor) -> float | Tensor:
         if len(set(values)) == 1:
@@ -413,15 +456,20 @@ class Routes:
         dtype, device = torch.promote_types(x.dtype, torch.float32), x.device
         return cast(
             Tensor,
-            self._once((values, dtype, device), lambda: _constant(values, dtype, device)),
+            self._once((values, dtype), device, lambda: _constant(values, dtype, device)),
         )
 
-    def _once(self, key: Any, make: Any) -> Any:
-        # What torch.func made belongs to one of its levels.
-        if torch.compiler.is_compiling() or _is_transformed():
+    def _once(self, key: Any, device: torch.device, make: Callable[[], Any]) -> Any:
+        # What torch.func made belongs to one of its levels, and a CUDA graph has to make for itself
+        # what it reads: when it is replayed, these routes are gone, or the indices are others.
+        if torch.compiler.is_compiling() or _is_transformed() or _is_capturing(device):
             return make()
-        # Tensors that were made in inference mode can't be used in training later.
-        key = (key, torch.is_inference_mode_enabled())
+        # Tensors that were made in inference mode can't be used in training later, and those that
+        # one stream makes may not be there yet in another.
+        stream = None
+        if _runs_cuda(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+        key = (key, device, stream, torch.is_inference_mode_enabled())
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
@@ -432,16 +480,26 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, which can't read values or copy from the host."""
+    return _runs_cuda(device) and torch.cuda.is_current_stream_capturing()
+
+
+def _runs_cuda(device: torch.device) -> bool:
+    # Tensors without data can be on a GPU that is not there.
+    return device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
 def _version(ids: Tensor) -> int | None:
     """Counts what was written to a tensor; None where that is not known."""
     return None if torch.compiler.is_compiling() or ids.is_inference() else ids._version
 
 
 def _constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or _is_capturing(device)):
         return torch.tensor(values, dtype=dtype, device=device)
-    # A copy from the host would keep compiled code out of CUDA graphs. So it is made where it is
-    # used, out of runs of equal or consecutive values, which are few.
+    # A copy from the host can't be part of CUDA graphs, which compiled code may become. So it is
+    # made where it is used, out of runs of equal or consecutive values, which are few.
     runs: list[Tensor] = []
     start = 0
     while start < len(values):

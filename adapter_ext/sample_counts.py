@@ -62,22 +62,39 @@ def prepare(host: AdapterModuleMixin) -> None:
         object.__setattr__(host, "_sample_counter", Counter(names, total))
 
 
-def count(host: AdapterModuleMixin, counter: Counter, y: Tensor, counts: Tensor) -> Tensor:
+def may_restart(host: AdapterModuleMixin) -> bool:
+    """Whether samples were counted of which there is no gradient, so that a step left them out."""
+    counter = host._sample_counter
+    if counter is None or counter.total.grad is None:
+        return False
+    parameters = (p for adapter in host._adapters().values() for p in adapter.parameters())
+    return all(p.grad is None for p in parameters)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether processes have a part of a parameter each (it is a DTensor)."""
+    return hasattr(parameter, "to_local")
+
+
+def count(
+    host: AdapterModuleMixin, counter: Counter, y: Tensor, counts: Tensor, *, restart: bool
+) -> Tensor:
     """Lets the backward through a host's result count samples.
 
     Args:
-        host: where all gradients of its adapters are gone, the count starts anew.
+        host: it.
         counter: the host's.
         y: its result.
         counts: int64 ``[A]``, samples of each of the counter's adapters.
+        restart: start the count anew where it :func:`may_restart`.
 
     Returns:
         y.
     """
-    if not torch.compiler.is_compiling() and counter.total.grad is not None:
-        parameters = (p for adapter in host._adapters().values() for p in adapter.parameters())
-        if all(p.grad is None for p in parameters):
-            counter.total.grad = None
+    # fully_shard has the gradients of earlier batches at parameters that are there while the module
+    # runs, or at those that are there while it does not: hence the caller asked this before, too.
+    if restart and may_restart(host):
+        counter.total.grad = None
     return cast(Tensor, _Count.apply(y, counter.total, counts))  # type: ignore[no-untyped-call]
 
 
@@ -131,7 +148,7 @@ def take_idle(
 def _has_gradient(adapter: nn.Module, device: torch.device) -> Tensor:
     """1 where a gradient of an adapter, or this process's part of it, is not zero; else 0."""
     gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
-    local = [cast(Any, g).to_local() if hasattr(g, "to_local") else g for g in gradients]
+    local = [cast(Any, g).to_local() if is_sharded(g) else g for g in gradients]
     if not local:
         return torch.zeros((), device=device)
     sums = [s.to(device, torch.float32) for s in torch._foreach_norm(local, 1)]

@@ -5,7 +5,8 @@
     torchrun --standalone --nproc-per-node N distributed_training.py FOLDER RUN...
 
 A RUN is words joined by commas: ``ddp`` or ``fsdp``; ``names`` or ``indices``; ``compiled``;
-``all``: one process has samples of all trained adapters, the other of some;
+``all``: one process has samples of all trained adapters, the other of some; ``apart``: each adapter
+is sharded by itself; ``counts``: see :func:`counts_of_two_batches`;
 ``save`` stops after two steps and writes a checkpoint, ``resume`` goes on from it. Every process
 gets a part of each batch. The first one writes what became of the adapters to FOLDER/RUN.pt.
 """
@@ -57,6 +58,8 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
         wrapped = nn.parallel.DistributedDataParallel(model)
     else:
         for host in (model[0], model[2]):
+            for adapter in host.adapter_layer.values() if "apart" in words else ():
+                fully_shard(adapter)
             fully_shard(host)
         fully_shard(model)
         # The frozen base and the adapters alike.
@@ -86,6 +89,8 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
             losses = losses_of(forward(x[mine]), target[mine])
         mean_per_adapter(losses, routes, process_group=dist.group.WORLD).backward()
         optimizer.step()
+        with torch.no_grad(), route_adapters(wrapped, routes):
+            forward(x[mine])
     if "save" in words:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         dcp.save(states, checkpoint_id=checkpoint)
@@ -107,11 +112,34 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
     return result
 
 
+def counts_of_two_batches(*, sync: bool) -> list[list[float]]:
+    """Samples of the first two adapters in both hosts, each alone in one of two batches of a step.
+
+    Args:
+        sync: whether gradients of the first batch are reduced at once.
+    """
+    model = Model()
+    for host in (model[0], model[2]):
+        fully_shard(host)
+    fully_shard(model)
+    for name in NAMES[:2]:
+        model.set_requires_gradient_sync(sync or name == NAMES[1])
+        names = [name] * 3
+        x, target = batch(0, names)
+        with route_adapters(model, ids_of(model, names)):
+            losses = losses_of(model(x), target)
+        losses.sum().backward()
+    return [host._sample_counter.total.grad[:2].tolist() for host in (model[0], model[2])]
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])
     for words in sys.argv[2:]:
-        result = run(words.split(","), folder)
+        if words == "counts":
+            result: Any = [counts_of_two_batches(sync=sync) for sync in (True, False)]
+        else:
+            result = run(words.split(","), folder)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{words}.pt")
     dist.destroy_process_group()

@@ -18,6 +18,7 @@ from adapter_ext import (
     ResidualAddAdapterStrategy,
     ResidualAddAdapterStrategyConfig,
     access,
+    adapter_losses,
     set_access_cfg,
 )
 
@@ -209,3 +210,15 @@ def test_a_copy_has_no_losses_of_the_original(block, make_copy):
     assert block.adapter_losses()
     copied(rand(3, D))
     assert copied.adapter_losses()
+
+
+def test_losses_of_a_shared_adapter_count_once(block):
+    """It has those of all its hosts, and they were added for each host."""
+    other = make_block("a").train()
+    other.adapter_layer["a"] = block.adapter_layer["a"]
+    block.set_enabled_adapters("a1", False)
+    model = nn.Sequential(block, other)
+    model(rand(3, D))
+    (tensors,) = AccessMixin.get_module_registry(block.adapter_layer["a"]).values()
+    first, second = tensors["adapter_loss"]
+    torch.testing.assert_close(adapter_losses(model), {"a": first + second})

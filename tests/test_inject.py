@@ -104,7 +104,7 @@ def plain_adapters(base: nn.Module, model: nn.Module, names: list[str | None], d
 def state_of(model: nn.Module) -> dict[str, Any]:
     """All about a model that inject and eject must not change but by design."""
     return {
-        path: (type(m), dict(vars(m)), dict(m._modules), dict(m._forward_hooks))
+        path: (type(m), {**vars(m), "_modules": dict(m._modules)}, dict(m._forward_hooks))
         for path, m in model.named_modules(remove_duplicate=False)
     }
 
@@ -728,6 +728,11 @@ def test_injecting_with_adapters():
         ("b", "1", 1, False),
     ]
     assert cfg == {"a": {"dim": 2}, "b": {"dim": 1, "activation": "relu", "enabled": False}}
+
+
+def test_a_model_without_modules_is_said_to_have_none():
+    with pytest.raises(ValueError, match=r"no module is named 'x'; there are none within Linear$"):
+        inject(nn.Linear(2, 2), targets="x")
 
 
 def test_injecting_with_a_wrong_adapter_changes_nothing():

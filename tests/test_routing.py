@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 from contextlib import nullcontext
@@ -360,6 +361,15 @@ def change_class(adapter):
     return lambda: setattr(adapter, "__class__", LinearAdapter)
 
 
+def change_call(adapter):
+    class Called(LinearAdapter):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    adapter.__class__ = Called
+    return lambda: setattr(adapter, "__class__", LinearAdapter)
+
+
 def change_layers(adapter):
     adapter.module.append(nn.Tanh())
     return lambda: adapter.module.pop(-1)
@@ -402,6 +412,7 @@ class Negative(ResidualAddAdapterStrategy):
         change_own_hook_table,
         change_own_forward,
         change_class,
+        change_call,
         change_layers,
         change_container,
         change_bias,
@@ -727,6 +738,147 @@ def test_recomputation_registers_no_loss_again(routed, kind):
     )
     for _ in range(2):
         close(step(recomputed), step(model))
+
+
+@pytest.mark.parametrize("change", ["remove", "rename"])
+@pytest.mark.parametrize("indices", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_that_goes_within_its_context_is_an_error(training, indices, change, block):
+    """Its samples passed unchanged."""
+    block.train(training)
+    x = rand(2, D)
+    routes = [adapter_index(block)[n] for n in ("a1", "x1")] if indices else ["a1", "x1"]
+    with (
+        torch.set_grad_enabled(training),
+        block.route_adapters(torch.tensor(routes) if indices else routes),
+    ):
+        want = block(x)
+        block.remove_adapter("a")
+        close(block(x), want)
+        if change == "remove":
+            block.remove_adapter("a1")
+        else:
+            block.rename_adapter("a1", "other")
+        with pytest.raises(ValueError, match="'a1' was removed or renamed within route_adapters"):
+            block(x)
+
+
+def test_threads_serve_while_another_adapter_changes(block):
+    """Renaming it, or a failure to add one, emptied the table of adapters for a moment."""
+    x, names = rand(2, D), ["a1", "x1"]
+    block.eval()
+    with block.route_adapters(names):
+        want = block(x)
+    stop = threading.Event()
+    wrong = []
+
+    def serve():
+        while not stop.is_set():
+            with torch.inference_mode(), block.route_adapters(names):
+                if not torch.allclose(block(x), want):
+                    wrong.append(1)
+
+    def guarded():
+        try:
+            serve()
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    try:
+        for _ in range(300):
+            block.rename_adapter("a", "z")
+            block.rename_adapter("z", "a")
+            with pytest.raises(ValueError, match="activation"):
+                adapter_ext.add_adapter(block, "bad", config(activation="none"))
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_weights_that_are_transposed(routed, block):
+    """Parameters may be laid out in any way; the op refused those whose rows are not."""
+    x = rand(2, D)
+    names = ["a1", "x1"] if routed else NAMES
+    parameters = [p for name in names for p in block.adapter_layer[name].parameters()]
+    with block.route_adapters(names) if routed else nullcontext():
+        want = torch.autograd.grad(block(x).square().sum(), parameters)
+        for parameter in parameters:
+            parameter.data = torch.stack([parameter, parameter + 1.0], dim=-1)[..., 0].detach()
+            assert parameter.stride(-1) == 2
+        got = torch.autograd.grad(block(x).square().sum(), parameters)
+    close(got, want)
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_a_result_is_not_the_input_in_disguise(indices):
+    """Where no adapter ran, counting samples returned the input's memory as another tensor."""
+
+    class Host(nn.Module, adapter_ext.AdapterModuleMixin):
+        def forward(self, x):
+            return self.forward_enabled_adapters(x)
+
+    model = nn.ModuleDict({"empty": Host(), "block": make_block("a"), "alone": Host()})
+    model["alone"].add_adapter("s", {"_target_": SHIFT})
+    names = torch.tensor([adapter_index(model)["a"]]) if indices else ["a"]
+    for host in (model["empty"], model["alone"]):
+        w = rand(1, D).requires_grad_()
+        z = w * 1
+        with route_adapters(model, names):
+            y = host(z)
+        y.mul_(3.0)
+        (grad,) = torch.autograd.grad((y + z).sum(), w)
+        close(grad, torch.full_like(w, 6.0))
+
+
+@pytest.mark.parametrize(
+    "types", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str
+)
+def test_adapters_that_are_called_under_another_autocast(types):
+    """Autocast refused to copy their results, of x's type, into x."""
+    own, operands = types
+    block = make_block(dtype=own)
+    block.linear = nn.Identity()
+    block.add_adapter("s", {"_target_": SHIFT})
+    block.to(own)
+    x = rand(3, D, dtype=own)
+    with torch.autocast("cpu", dtype=operands):
+        want = block(x)
+        with block.route_adapters(["s", None, "s"]):
+            got = block(x)
+    assert got.dtype == own
+    assert torch.equal(got[::2], want[::2])
+    assert torch.equal(got[1], x[1])
+
+
+def test_captures_of_cuda_graphs_make_what_they_read(block, op_calls, monkeypatch):
+    """They had the routing of the calls before, which is gone when the graph is replayed."""
+    from adapter_ext import routing
+
+    block.adapter_layer["a1"].module[0].eps = 1e-3  # takes another call of the op
+    x = rand(len(BATCH), D)
+    ids = torch.tensor([adapter_index(block).get(name, -1) for name in BATCH])
+    with block.route_adapters(ids):
+        want = block(x)
+        op_calls.clear()
+        block(x)
+        assert "route" not in op_calls
+        monkeypatch.setattr(routing, "_is_capturing", lambda device: True)
+        tables = []
+        monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: tables.append(args))
+        close(block(x), want)
+        assert op_calls.count("route") == 3  # of two groups, and to count samples
+        assert not tables  # a copy from the host
+        with monkeypatch.context() as reading:
+            reading.setattr(torch.Tensor, "tolist", None)
+            with block.route_adapters(ids.clone()):
+                close(block(x), want)
 
 
 # --- Models ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -485,6 +486,64 @@ def test_recomputation_with_other_routes_is_an_error(reentrant: bool) -> None:
         pytest.raises(RuntimeError, match="computed again, for the backward, without the routes"),
     ):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_knows_routes_of_several_batches(reentrant: bool) -> None:
+    """Routes that had been in force at any time were good enough for what is computed again."""
+    block = make_block("a", "b")
+    x = rand(2, D).requires_grad_()
+    run = partial(checkpoint, block, x, use_reentrant=reentrant)
+    with block.route_adapters(["a", "a"]):
+        first = run()
+    with block.route_adapters(["b", "b"]):
+        both = first + run()
+        with pytest.raises(RuntimeError, match="computed again, for the backward, without the"):
+            both.sum().backward()
+    with block.route_adapters(["b", "b"]):
+        with block.route_adapters(["a", "a"]):
+            inner = run()
+        with pytest.raises(RuntimeError, match="computed again, for the backward, without the"):
+            inner.sum().backward()
+    block(x)  # without routes
+    with block.route_adapters(["a", "a"]):
+        y = run()
+    with pytest.raises(RuntimeError, match="computed again, for the backward, without the"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_in_the_context_of_each_batch(reentrant: bool) -> None:
+    block = make_block("a", "b")
+    x = rand(2, D).requires_grad_()
+    for names in (["a", "b"], ["b", "b"], None, ["a", "b"]):
+        with block.route_adapters(names) if names else nullcontext():
+            (want,) = torch.autograd.grad(block(x).square().sum(), x)
+            with torch.no_grad(), block.route_adapters([None, "a"]):
+                block(x)  # in between, as for validation
+            y = checkpoint(block, x, use_reentrant=reentrant)
+            x.grad = None
+            y.square().sum().backward()
+        close(x.grad, want)
+
+
+def test_what_was_not_routed_is_recomputed_without_routes() -> None:
+    """With checkpoint_context, too, it was an error, or had the routes that were there by then."""
+    block = make_block("a", "b")
+    x = rand(2, D).requires_grad_()
+
+    def run() -> Tensor:
+        context = adapter_ext.checkpoint_context(block)
+        return checkpoint(block, x, use_reentrant=False, context_fn=context)
+
+    def in_turn(forward: Callable[[], Tensor]) -> Tensor:
+        chain = forward()
+        with block.route_adapters(["a", None]):
+            routed = forward()
+        with block.route_adapters(["b", "b"]):
+            return torch.autograd.grad((chain * routed).sum(), x)[0]
+
+    close(in_turn(run), in_turn(lambda: block(x)))
 
 
 def test_recomputation_is_not_mistaken_after_a_call_without_gradients() -> None:
