@@ -15,6 +15,7 @@ from torch import nn
 
 from adapter_ext import archive
 from adapter_ext.files import FileError
+from adapter_ext.model_mixin import AdapterModelPTMixin
 from adapter_ext.registry import targets_of_a_file
 
 if TYPE_CHECKING:
@@ -202,7 +203,12 @@ class ModelPT(NeuralModule):
 
         Args:
             save_path: the file; NeMo names such files ``*.nemo``.
+
+        Raises:
+            ValueError: if a module has adapters that the configuration has not.
         """
+        if isinstance(self, AdapterModelPTMixin):
+            self._require_configured()
         config = cast("dict[str, Any]", OmegaConf.to_container(self.cfg, resolve=False))
         archive.write_archive(save_path, config, self.state_dict())
 

@@ -65,7 +65,8 @@ class AdapterModelPTMixin(AdapterModuleMixin):
     The place is one of :attr:`adapter_module_names`, or several of them joined by ``+``. An adapter
     without one goes to :attr:`default_adapter_module_name`; if that is None, to all named modules
     but those that ``cfg.adapters.global_cfg.{module}_adapter`` sets to False; if none are named, to
-    the whole model. Within a module it goes to the outermost modules that are AdapterModuleMixins.
+    the whole model. Within a module it goes to the outermost modules that are AdapterModuleMixins,
+    also within another such model, unless that has adapters itself.
 
     Models written for NeMo override ``add_adapter``, ``set_enabled_adapters``,
     ``get_enabled_adapters`` and ``is_adapter_available``, call ``super()`` and then their modules.
@@ -137,7 +138,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             places = [p for p in named if settings.get(f"{p}_adapter", True)] if named else [""]
         hosts: dict[AdapterModuleMixin, None] = {}
         for place in places:
-            found = _outermost_hosts(self._submodule(place), self._host())
+            found = _outermost_hosts(self._submodule(place))
             if not found:
                 raise ValueError(
                     f"no module of {place!r} is an AdapterModuleMixin; replace_adapter_compatible_"
@@ -180,7 +181,8 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         Raises:
             ValueError: if a module has adapters that were added to it alone, or by another model.
         """
-        hosts = [host for host in hosts_of(self._host()) if host is not self]
+        # A model within this one has no adapters of its own, and its configuration is another one.
+        hosts = [h for h in hosts_of(self._host()) if not isinstance(h, AdapterModelPTMixin)]
         names = {name for host in hosts for name in host._adapters()}
         # Read once for all modules: configurations are slow to read.
         enabled = {k: cfg[k].get("enabled", True) for k in cfg.keys() if k in names}  # noqa: SIM118
@@ -189,9 +191,6 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             host._check_sharing(enabled, guid)
         for host in hosts:
             host._share_adapter_cfg(cfg, enabled, guid)
-
-    def _refer_to(self, cfg: DictConfig) -> None:
-        self.adapter_cfg = cfg
 
     def setup_adapters(self) -> None:
         """Adds the adapters that ``cfg.adapters`` names; call it once, last in the constructor.
@@ -234,6 +233,18 @@ class AdapterModelPTMixin(AdapterModuleMixin):
                 raise ValueError(f"adapter {adapter_name!r} is not in {place!r}")
         return adapter_name
 
+    def _require_configured(self) -> None:
+        """Checks that a file of this model would have the configurations of all adapters."""
+        known = self._known_adapters()
+        for path, host in named_hosts(self._host()):
+            unknown = [name for name in host._adapters() if name not in known]
+            if unknown:
+                raise ValueError(
+                    f"module {path!r} has adapters {unknown}, which the configuration of this "
+                    f"{type(self).__name__} has not: nothing could read its file; were they added "
+                    f"to that module alone or to another model, or was cfg assigned afterwards?"
+                )
+
     # --- Adding, enabling, removing ---------------------------------------------------------------
 
     # Without further arguments: the model could not be restored from its configuration.
@@ -248,6 +259,8 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             TypeError: if cfg is of another type, or the adapter refuses its arguments.
             ValueError: if the name is taken, reserved or malformed, the place is unknown or has no
                 module that can have adapters, or one does not accept this one.
+            omegaconf.errors.OmegaConfBaseException: if a value of cfg is missing (``"???"``), or
+                an interpolation leads nowhere.
         """
         with self._transaction():
             plain = to_plain_config(cfg)
@@ -308,16 +321,19 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         )
 
     def get_adapter_module(self, name: str) -> nn.Module | None:
-        """The adapter of a name; None if there is none.
+        """The adapter of a name, in the place that it gives; None if there is none.
 
         Raises:
-            ValueError: if several modules have it: ask one of them.
+            ValueError: if several modules have it: ask one of them; or the place is unknown.
         """
-        name = self.resolve_adapter_module_name_(name)[1]
+        given = name
+        place, name = self.resolve_adapter_module_name_(name)
+        places = place.split("+") if place and ":" in given else [""]
+        hosts = {host for p in places for host in hosts_of(self._submodule(p))}
         found = {
             path: host._adapters()[name]
             for path, host in named_hosts(self._host())
-            if name in host._adapters()
+            if host in hosts and name in host._adapters()
         }
         if len(found) > 1:
             raise ValueError(f"several modules have an adapter named {name!r}: {list(found)}")
@@ -382,16 +398,12 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         Raises:
             AttributeError: if there are no adapters.
             ValueError: if there is none of that name or in that place, the suffix is another, or
-                the configuration has no adapters.
+                a module has adapters that the configuration has not.
         """
         if not self.is_adapter_available():
             raise AttributeError("there are no adapters to save: add one with add_adapter first")
+        self._require_configured()
         known = self._known_adapters()
-        if not known:
-            raise ValueError(
-                "there are adapters in the model, but none in its configuration; was cfg assigned "
-                "after they were added?"
-            )
         saved: dict[str, files.SavedAdapter] = {}
         places = self._metadata()
         for key in known if name is None else [self._require(name)]:
@@ -588,10 +600,10 @@ def _is_a_transaction(function: Callable[..., Any]) -> bool:
     return getattr(function, "_is_a_transaction", False)
 
 
-def _outermost_hosts(module: nn.Module, model: nn.Module) -> list[AdapterModuleMixin]:
-    if module is not model and isinstance(module, AdapterModuleMixin):
+def _outermost_hosts(module: nn.Module) -> list[AdapterModuleMixin]:
+    if isinstance(module, AdapterModuleMixin) and not isinstance(module, AdapterModelPTMixin):
         return [module]
-    found = (_outermost_hosts(child, model) for child in module.children())
+    found = (_outermost_hosts(child) for child in module.children())
     return [host for hosts in found for host in hosts]
 
 

@@ -672,9 +672,18 @@ def test_disabled_adapters_are_saved_as_such(suffix, tmp_path):
 
 def test_an_adapter_that_is_in_no_module_can_not_be_saved(tmp_path):
     model = make_model(OverridingModel, "a", encoder_adapter=False)
-    model.encoder.blocks[0].adapter_layer = nn.ModuleDict({"b": LinearAdapter(WIDTH, 1)})
+    model.add_adapter("decoder:b", adapter_config())
     with pytest.raises(ValueError, match="'a' is in the configuration, but in no module"):
         model.save_adapters(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("save", ["save_to", "save_adapters"])
+def test_a_file_that_nothing_could_read_is_not_written(save, tmp_path):
+    model = make_model(StockModel, "a")
+    model.encoder.blocks[0].adapter_layer["b"] = LinearAdapter(WIDTH, 1)
+    with pytest.raises(ValueError, match=r"module 'encoder.blocks.0' has adapters \['b'\], which"):
+        getattr(model, save)(tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_mixin_alone_is_enough():
@@ -755,9 +764,76 @@ def test_adapters_that_a_new_configuration_lacks_are_not_saved_as_none(cfg, tmp_
     """A file without adapters was written."""
     model = make_model(StockModel, "a")
     model.cfg = cfg
-    with pytest.raises(ValueError, match="was cfg assigned after they were added"):
+    with pytest.raises(ValueError, match=r"has adapters \['a'\].* was cfg assigned afterwards"):
         model.save_adapters(tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
+
+
+class Enclosing(adapter_ext.ModelPT, AdapterModelPTMixin):
+    """A model with another one in it."""
+
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg, trainer)
+        self.inner = make_model(StockModel)
+        self.head = make_model(StockModel).decoder.blocks[0]
+        self.setup_adapters()
+
+    adapter_module_names = ("", "inner", "inner.encoder", "head")
+    default_adapter_module_name = "inner"
+
+    def forward(self, x):
+        return self.head(self.inner(x))
+
+
+def test_adapters_of_a_model_reach_into_a_model_within_it(tmp_path):
+    """The inner one took the adapter for its own, and was left with a configuration of nothing."""
+    model = Enclosing({})
+    model.add_adapter("a", adapter_config())
+    model.add_adapter("head:b", adapter_config())
+    randomize(model)
+    assert where(model, "a") == [f"inner.{path}" for path in where(model.inner, "a")] != []
+    assert where(model, "b") == ["head"]
+    assert "adapters" not in model.inner.cfg
+    model.set_enabled_adapters("a", False)
+    assert model.get_enabled_adapters() == ["b"]
+    model.set_enabled_adapters("a", True)
+    before = snapshot(model)
+    with pytest.raises(TypeError):
+        model.add_adapter("head:c", {**adapter_config(), "unknown": 1})
+    assert snapshot(model) == before
+    assert "adapters" not in model.inner.cfg
+    model.save_to(tmp_path / "whole.nemo")
+    restored = Enclosing.restore_from(tmp_path / "whole.nemo")
+    torch.testing.assert_close(restored(inputs()), model.eval()(inputs()))
+    with pytest.raises(ValueError, match=r"has adapters .* nothing could read its file"):
+        model.inner.save_to(tmp_path / "inner.nemo")
+    with pytest.raises(ValueError, match="one of both models can have adapters"):
+        model.inner.add_adapter("c", adapter_config())
+    assert "c" not in (model.inner.cfg.get("adapters") or {})
+    model.remove_adapter("a")
+    model.inner.save_to(tmp_path / "inner.nemo")
+    StockModel.restore_from(tmp_path / "inner.nemo")
+
+
+def test_a_model_within_a_model_may_have_the_adapters():
+    model = Enclosing({})
+    model.inner.add_adapter("a", adapter_config())
+    with pytest.raises(ValueError, match="one of both models can have adapters"):
+        model.add_adapter("b", adapter_config())
+    assert not model.cfg.get("adapters")
+    assert model.inner.get_enabled_adapters() == ["a"]
+
+
+def test_the_place_of_a_name_counts():
+    """It was ignored: the adapter of another place was returned, or the place did not decide."""
+    model = make_model(StockModel, "encoder+decoder:a", "encoder:b")
+    assert model.get_adapter_module("decoder:b") is None
+    with pytest.raises(ValueError, match="several modules have"):
+        model.get_adapter_module("a")
+    del model.decoder.blocks[1:]
+    assert model.get_adapter_module("decoder:a") is model.decoder.blocks[0].adapter_layer["a"]
+    with pytest.raises(ValueError, match="is no place for adapters"):
+        model.get_adapter_module("head:a")
 
 
 def test_routing_takes_names_with_their_place():
