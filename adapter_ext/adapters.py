@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -100,6 +102,7 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
         adapter_strategy: see :meth:`setup_adapter_strategy`.
 
     Raises:
+        TypeError: if an argument is of a wrong type.
         ValueError: if an argument has a value it can't have (an unknown activation is a KeyError
             as well).
     """
@@ -114,9 +117,14 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
         adapter_strategy: Any = None,
     ) -> None:
         super().__init__()
-        for name, width in (("in_features", in_features), ("dim", dim)):
-            if width < 1:
-                raise ValueError(f"{name} must be at least 1, got {width}")
+        in_features = _width("in_features", in_features)
+        dim = _width("dim", dim)
+        for name, text in (("activation", activation), ("norm_position", norm_position)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name} must be a str, got {text!r}")
+        # float by itself too: to mypy it is no Real.
+        if isinstance(dropout, bool) or not isinstance(dropout, float | Real):
+            raise TypeError(f"dropout must be a number, got {dropout!r}")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
         if activation not in ACTIVATIONS:
@@ -165,7 +173,7 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
             eps=fused.settings.eps,
             dropout=fused.settings.dropout,
             residual=False,
-            training=fused.settings.dropout > 0.0,
+            training=bool(fused.settings.dropout),
             compute_dtype=operands,
         )[0]
         if operands is not None:
@@ -176,12 +184,13 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
         """How the op computes a call of this adapter, in its present state.
 
         Returns:
-            None where it must be called, as its ``forward`` is overridden or replaced, a hook is
-            registered on it or on one of its layers, or a layer is not a stock one.
+            None where it must be called, as its ``forward`` is overridden or replaced, or its
+            ``__call__`` overridden, a hook is registered on it or on one of its layers, or a layer
+            is not a stock one.
         """
         own = self.__dict__
         if (
-            type(self).forward is not _STOCK_FORWARD
+            not self._has_stock_class()
             or "forward" in own
             or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -190,6 +199,11 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
         ):
             return None
         return self._fused_layers()
+
+    @classmethod
+    def _has_stock_class(cls) -> bool:
+        """Whether no method that the op stands for is overridden, or patched on the class."""
+        return cls.forward is _STOCK_FORWARD and cls.__call__ is nn.Module.__call__
 
     def _snapshot(self) -> Snapshot:
         """What :meth:`fused_call` and a stock strategy depend on, where both are there."""
@@ -235,6 +249,18 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
             if call is not None and not torch.compiler.is_compiling():
                 self._layer = layer
         return call
+
+
+def _width(name: str, value: int) -> int:
+    try:
+        width = operator.index(value)
+    except TypeError:
+        width = None
+    if width is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if width < 1:
+        raise ValueError(f"{name} must be at least 1, got {width}")
+    return width
 
 
 _STOCK_FORWARD = LinearAdapter.forward

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -78,11 +79,19 @@ def route(ids: Tensor, num_adapters: int) -> Routing:
         The routing, on the device of ``ids``, made without a host synchronisation on CUDA.
 
     Raises:
-        TypeError: ``ids`` is no tensor.
-        RuntimeError: ``ids`` is not int64, or holds a value out of range.
+        TypeError: ``ids`` is no tensor, or ``num_adapters`` no integer.
+        RuntimeError: ``ids`` is not int64, or holds a value out of range; or ``num_adapters`` is
+            out of range.
     """
     if not isinstance(ids, Tensor):
         raise TypeError(f"route: ids: expected an int64 tensor, got {type(ids).__name__}")
+    if isinstance(num_adapters, bool) or not isinstance(
+        num_adapters, (int, torch.SymInt, Integral)
+    ):
+        raise TypeError(
+            "route: num_adapters: expected an integer, got "
+            f"{type(num_adapters).__name__} {num_adapters!r}"
+        )
     order, offsets = _route(ids, num_adapters)
     return Routing(ids, order, offsets)
 
@@ -122,8 +131,8 @@ def linear_adapter(
 
     Args:
         x: ``[..., D]``, float64, float32, bfloat16 or float16. Copied where not contiguous.
-        weights: the weights of A adapters, of the dtype of ``x`` or float32; the last dimension of
-            each has stride 1.
+        weights: the weights of A adapters, of the dtype of ``x`` or float32. In lists, those whose
+            last dimension has another stride than 1 are copied; a stack must have stride 1.
         routing: which adapter each sample uses, from :func:`route`; a sample without one passes
             through untouched. None: all rows use the one adapter there is, and a sample is an
             ``x[i]``.
@@ -270,11 +279,22 @@ def _arguments(
             )
         if not 0.0 < eps < math.inf:
             raise ValueError(f"linear_adapter: eps: expected a finite value above 0, got {eps}")
+        if not isinstance(l2_lambda, Tensor) and not 0.0 <= l2_lambda < math.inf:
+            raise ValueError(
+                f"linear_adapter: l2_lambda: expected a finite value >= 0, got {l2_lambda}"
+            )
     except TypeError:
+        numbers = (dropout, stochastic_depth, eps, l2_lambda)
         raise TypeError(
-            "linear_adapter: dropout, stochastic_depth and eps: expected numbers, got "
-            + ", ".join(f"{type(v).__name__} {v!r}" for v in (dropout, stochastic_depth, eps))
+            "linear_adapter: dropout, stochastic_depth, eps and l2_lambda: expected numbers "
+            "(l2_lambda: or a tensor), got "
+            + ", ".join(f"{type(v).__name__} {v!r}" for v in numbers)
         ) from None
+    if not isinstance(residual, bool) or not isinstance(training, bool):
+        raise TypeError(
+            "linear_adapter: residual and training: expected bool, got "
+            f"{type(residual).__name__} {residual!r} and {type(training).__name__} {training!r}"
+        )
     has_l2 = isinstance(l2_lambda, Tensor) or l2_lambda != 0.0
     if not residual and (stochastic_depth > 0.0 or has_l2):
         raise ValueError(
@@ -289,8 +309,11 @@ def _arguments(
         l2_lambda = _l2_lambdas(l2_lambda, x, flat)
     draws = dropout > 0.0 or stochastic_depth > 0.0
     if seed is not None and not (isinstance(seed, Tensor) and seed.dtype == torch.int64):
-        got = seed.dtype if isinstance(seed, Tensor) else f"{type(seed).__name__} {seed}"
-        raise TypeError(f"linear_adapter: seed: expected an int64 tensor, got {got}")
+        if isinstance(seed, Tensor):
+            raise RuntimeError(f"linear_adapter: seed: expected dtype int64, got {seed.dtype}")
+        raise TypeError(
+            f"linear_adapter: seed: expected an int64 tensor, got {type(seed).__name__} {seed}"
+        )
     if not draws:
         seed = None
     elif seed is None:
@@ -342,13 +365,17 @@ def _arguments(
 def _code(argument: str, name: str, codes: dict[str, int]) -> int:
     code = codes.get(name) if isinstance(name, str) else None
     if code is None:
-        raise ValueError(
-            f"linear_adapter: {argument}: expected one of {', '.join(codes)}, got {name!r}"
-        )
+        error = ValueError if isinstance(name, str) else TypeError
+        raise error(f"linear_adapter: {argument}: expected one of {', '.join(codes)}, got {name!r}")
     return code
 
 
 def _operand_type(x: Tensor, flat: list[Tensor], compute_dtype: torch.dtype | None) -> int:
+    if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
+        raise TypeError(
+            "linear_adapter: compute_dtype: expected None or a torch.dtype, got "
+            f"{type(compute_dtype).__name__} {compute_dtype!r}"
+        )
     if compute_dtype in _OPERAND_TYPES and flat and flat[2].dtype != x.dtype:
         return _OPERAND_TYPES[compute_dtype]  # of 16-bit x, too: weights of float32 are rounded
     if compute_dtype is None or compute_dtype == x.dtype:
@@ -381,16 +408,12 @@ def _num_adapters(flat: list[Tensor]) -> int:
 def _l2_lambdas(l2_lambda: float | Tensor, x: Tensor, flat: list[Tensor]) -> Tensor:
     count, dtype = _num_adapters(flat), _accumulate_dtype(x)
     if not isinstance(l2_lambda, Tensor):
-        if not isinstance(l2_lambda, (float, int)):
-            raise TypeError(
-                "linear_adapter: l2_lambda: expected a number or a tensor, got "
-                f"{type(l2_lambda).__name__} {l2_lambda!r}"
-            )
-        if not 0.0 <= l2_lambda < math.inf:
-            raise ValueError(
-                f"linear_adapter: l2_lambda: expected a finite value >= 0, got {l2_lambda}"
-            )
         return torch.full((count,), l2_lambda, dtype=dtype, device=x.device)
+    if l2_lambda.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "linear_adapter: l2_lambda: expected a tensor without requires_grad, as it gets no "
+            "gradient, got one with it"
+        )
     return l2_lambda.to(dtype).expand(count) if l2_lambda.ndim == 0 else l2_lambda.to(dtype)
 
 

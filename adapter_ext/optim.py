@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from adapter_ext import sample_counts
 from adapter_ext.mixin import hosts_of, named_hosts, unwrapped
 
 __all__ = ["AdamW", "adapter_groups", "drop_idle_gradients", "mean_per_adapter"]
+
+# What a group may have besides options of torch.optim.AdamW; initial_lr is a scheduler's.
+_KEYS = ("params", "param_names", "adapter", "max_norm", "initial_lr")
 
 
 def adapter_groups(
@@ -45,8 +49,10 @@ def adapter_groups(
         ``"adapter"``, its name; and its options. Adapters without such parameters have none.
 
     Raises:
-        TypeError: if adapters is a name by itself, or else no sequence or mapping.
-        ValueError: if there is no adapter of a name, or none of its parameters requires grad.
+        TypeError: if adapters is a name by itself, or else no sequence or mapping, or the options
+            of a name are no mapping.
+        ValueError: if there is no adapter of a name, none of its parameters requires grad, or its
+            options have "params" or "adapter".
     """
     if isinstance(adapters, str) or not isinstance(adapters, Sequence | Mapping | None):
         raise TypeError(
@@ -66,10 +72,18 @@ def adapter_groups(
             raise ValueError(f"there is no adapter named {name!r}; there are {list(parameters)}")
         if not parameters[name]:
             raise ValueError(f"no parameter of adapter {name!r} requires grad: unfreeze it first")
-    options = adapters if isinstance(adapters, Mapping) else {}
-    return [
-        {"params": parameters[name], "adapter": name, **options.get(name, {})} for name in adapters
-    ]
+    groups = []
+    for name in adapters:
+        options = adapters[name] if isinstance(adapters, Mapping) else {}
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                f"the options of adapter {name!r} must be a mapping, got {type(options).__name__}"
+            )
+        group = {"params": parameters[name], "adapter": name}
+        for key in options.keys() & group.keys():
+            raise ValueError(f"the options of adapter {name!r} can't have {key!r}")
+        groups.append({**group, **options})
+    return groups
 
 
 def drop_idle_gradients(
@@ -111,15 +125,18 @@ class AdamW(torch.optim.AdamW):
         adapters: which adapters, and which of the options above each has instead; see
             :func:`adapter_groups`. None means all with parameters that require grad.
         process_group: see :func:`drop_idle_gradients`.
-        fused: whether to use PyTorch's fused kernels.
+        fused: whether to use PyTorch's fused kernels; None means where neither foreach nor
+            differentiable is asked for, which exclude them.
         **options: other options of ``torch.optim.AdamW``.
 
     A copy, by ``copy.deepcopy`` or pickle, trains a copy of the model: copy both together to have
     that one. Not with a process_group, which PyTorch cannot copy.
 
     Raises:
-        TypeError: if adapters is a name by itself, or else no sequence or mapping.
-        ValueError: if an option is out of range, or an adapter unknown or frozen.
+        TypeError: if an option is of a wrong type, adapters is a name by itself, or else no
+            sequence or mapping, or the options of a name are no mapping.
+        ValueError: if an option is out of range, an adapter has one that is unknown, or an adapter
+            is unknown or frozen.
     """
 
     def __init__(
@@ -133,9 +150,21 @@ class AdamW(torch.optim.AdamW):
         max_norm: float | None = None,
         adapters: Mapping[str, Mapping[str, Any]] | Sequence[str] | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
-        fused: bool = True,
+        fused: bool | None = None,
         **options: Any,
     ) -> None:
+        _check_options(
+            "AdamW",
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "max_norm": max_norm,
+            },
+        )
+        if fused is None:
+            fused = not (options.get("foreach") or options.get("differentiable"))
         groups = adapter_groups(model, adapters)
         if not groups:
             raise ValueError("there are no adapters with parameters that require grad")
@@ -151,6 +180,33 @@ class AdamW(torch.optim.AdamW):
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("model", "process_group", "_max_norm")}
         return {**super().__getstate__(), **own}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in PyTorch, but with options that are checked.
+
+        Args:
+            param_group: ``"params"``, and options of the group's own, ``"max_norm"`` among them.
+
+        Raises:
+            TypeError: if an option is of a wrong type.
+            ValueError: if an option is unknown or out of range, or a parameter in another group.
+        """
+        if isinstance(param_group, dict):  # PyTorch refuses all else
+            self._complete(param_group)
+        super().add_param_group(param_group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Checks what was given for a group; its own foreach goes before the fused of all."""
+        where = f"adapter {group['adapter']!r}" if "adapter" in group else "the parameter group"
+        for key in group:
+            if key not in self.defaults and key not in _KEYS:
+                known = ", ".join((*self.defaults, "max_norm"))
+                raise ValueError(f"{where}: there is no option {key!r}; there are {known}")
+        _check_options(where, group)
+        if group.get("foreach") or group.get("differentiable"):
+            group.setdefault("fused", False)
+            if group["fused"]:
+                raise ValueError(f"{where}: fused excludes foreach and differentiable")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -255,11 +311,16 @@ class AdamW(torch.optim.AdamW):
             adapters: as in the constructor; options that are given here replace kept ones.
 
         Raises:
-            TypeError: if adapters is a name by itself, or else no sequence or mapping.
-            ValueError: if there is no adapter of a name, or none of its parameters requires grad,
-                or one of them is in a group of another. Nothing has changed then.
+            TypeError: if adapters is a name by itself, or else no sequence or mapping, the options
+                of a name are no mapping, or one of them is of a wrong type. Nothing has changed
+                then.
+            ValueError: if there is no adapter of a name, none of its parameters requires grad, one
+                of them is in a group of another, or an option is unknown or out of range. Nothing
+                has changed then.
         """
         wanted = adapter_groups(self.model, adapters)
+        for group in wanted:
+            self._complete(group)
         before = {
             parameter: group
             for group in self.param_groups
@@ -278,7 +339,8 @@ class AdamW(torch.optim.AdamW):
             old = dict(next((before[p] for p in group["params"] if p in before), {}))
             if "lr" in group:
                 old.pop("initial_lr", None)  # a new scheduler would begin with that
-            self.add_param_group({"max_norm": self._max_norm, **old, **group})
+            # What a scheduler noted in the old group is none of the options that are checked.
+            super().add_param_group({"max_norm": self._max_norm, **old, **group})
         for parameter in before.keys() - kept:
             self.state.pop(parameter, None)
 
@@ -358,6 +420,29 @@ class AdamW(torch.optim.AdamW):
         }
 
 
+def _check_options(where: str, options: Mapping[str, Any]) -> None:
+    """Checks those options that are numbers, which PyTorch checks for the constructor alone."""
+    numbers = {key: options[key] for key in ("lr", "eps", "weight_decay") if key in options}
+    if options.get("max_norm") is not None:
+        numbers["max_norm"] = options["max_norm"]
+    if "betas" in options:
+        betas = options["betas"]
+        if not isinstance(betas, Sequence) or isinstance(betas, str):
+            raise TypeError(f"{where}: betas must be two numbers, got {betas!r}")
+        if len(betas) != 2:
+            raise ValueError(f"{where}: betas must be two numbers, got {betas!r}")
+        numbers |= {f"betas[{i}]": beta for i, beta in enumerate(betas)}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+            raise TypeError(f"{where}: {key} must be a number, got {value!r}")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{where}: {key} must be one number, got {value!r}")
+        if not float(value) >= 0.0:
+            raise ValueError(f"{where}: {key} must be at least 0, got {value!r}")
+        if key.startswith("betas") and not float(value) < 1.0:
+            raise ValueError(f"{where}: {key} must be below 1, got {value!r}")
+
+
 def _check_shapes(what: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
     """Checks what fused kernels do not: they read and write as many elements as a parameter has."""
     for key, value in state.items():
@@ -393,11 +478,14 @@ def mean_per_adapter(
             this.
 
     Returns:
-        A scalar.
+        A scalar of the type of losses, computed in float32 at least.
 
     Raises:
+        TypeError: if names is one name.
         ValueError: if losses has another shape than names, or counts lacks an adapter.
     """
+    if isinstance(names, str):
+        raise TypeError(f"names must be a sequence of names or a tensor of indices, got {names!r}")
     keys: Sequence[Any]
     if isinstance(names, Tensor):
         shape = tuple(names.shape)
@@ -431,4 +519,7 @@ def mean_per_adapter(
         if missing:
             raise ValueError(f"counts must have adapter {missing[0]!r}; it has {list(counts)}")
         samples = torch.tensor([counts[key] for key in keys], device=losses.device).reshape(shape)
-    return (losses / samples).sum() * processes
+    # In float16 a count of 65520 is infinite, and in bfloat16 most counts are rounded.
+    dtype = torch.promote_types(losses.dtype, torch.float32)
+    mean = (losses.to(dtype) / samples).sum() * processes
+    return mean.to(losses.dtype) if losses.is_floating_point() else mean

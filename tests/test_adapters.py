@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from layer_testing import ACTIVATIONS, D, formula, rand, randomize
@@ -132,6 +133,30 @@ def test_b22_bad_arguments():
             LinearAdapter(D, 5, dropout=p)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(("in_features", value, "an integer") for value in ("8", 8.0, None, True)),
+        *(("dim", value, "an integer") for value in (2.5, [5], False)),
+        *(("activation", value, "a str") for value in ([], 3, None)),
+        *(("norm_position", value, "a str") for value in ([], None)),
+        *(("dropout", value, "a number") for value in (None, "0.1", True)),
+    ],
+)
+def test_b22_a_wrong_type_names_the_argument(name, value, expected):
+    """Those were errors of comparisons, of dicts and of layers; a bool was a number."""
+    with pytest.raises(TypeError) as caught:
+        LinearAdapter(**{"in_features": D, "dim": 5, name: value})
+    assert str(caught.value) == f"{name} must be {expected}, got {value!r}"
+
+
+def test_b22_numbers_may_be_numpys():
+    adapter = LinearAdapter(np.int64(D), np.int32(5), dropout=np.float32(0.5))
+    assert (type(adapter.in_features), type(adapter.dim)) == (int, int)
+    assert adapter(torch.randn(2, D)).shape == (2, D)
+    assert LinearAdapter(D, 5, dropout=1).dropout.p == 1
+
+
 def test_b22_zero_init_ignores_what_memory_held(monkeypatch):
     def garbage(layer):
         nn.init.constant_(layer.weight, float("nan"))
@@ -232,6 +257,8 @@ def parametrization(adapter):
 CHANGES = {
     "another activation": lambda a: a.module.__setitem__(2, nn.ELU()),
     "a known activation with other settings": lambda a: a.module.__setitem__(2, nn.Hardtanh(-2, 2)),
+    "a known activation of another minimum": lambda a: a.module.__setitem__(2, nn.Hardtanh(0, 1)),
+    "a known activation of another maximum": lambda a: a.module.__setitem__(2, nn.Hardtanh(-1, 2)),
     "a Linear with bias": lambda a: a.module.__setitem__(1, nn.Linear(D, 5).double()),
     "a bias": lambda a: setattr(a.module[3], "bias", nn.Parameter(rand(D))),
     "a parametrization": parametrization,
@@ -263,6 +290,20 @@ def test_changed_layers_run(change, op_calls):
     assert not torch.allclose(after, before)
     assert len(op_calls) == 1
     assert adapter.fused_call() is None
+
+
+def test_a_norm_over_more_than_the_last_dimension_runs(op_calls):
+    """The op would have normalised each row by itself."""
+    adapter = make()
+    adapter.module[0] = nn.LayerNorm((1, D)).double()
+    x = rand(3, 1, D)
+    torch.testing.assert_close(adapter(x), adapter.module(x))
+    adapter.module[0] = nn.LayerNorm((4, D)).double()
+    randomize(adapter)
+    x = rand(3, 4, D)
+    torch.testing.assert_close(adapter(x), adapter.module(x))
+    assert adapter.fused_call() is None
+    assert op_calls == []
 
 
 def test_layers_replaced_by_others_that_the_op_knows_stay_fused(op_calls):

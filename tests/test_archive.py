@@ -473,6 +473,25 @@ def test_hostile(case, tmp_path, monkeypatch):
     assert "antigravity" not in sys.modules
 
 
+def weights_that_expand(megabytes, times):
+    """A gzipped archive of so many megabytes, which expands to so many times as much."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "noise": torch.randint(256, (megabytes * 2**20,), dtype=torch.uint8, generator=generator),
+        "zeros": torch.zeros((times - 1) * megabytes * 2**20, dtype=torch.uint8),
+    }
+    return tar_of(HONEST[0], ("model_weights.ckpt", torch_file(weights)), mode="w:gz")
+
+
+def test_weights_may_be_compressed_but_not_without_bound(tmp_path):
+    path = tmp_path / "x.nemo"
+    path.write_bytes(weights_that_expand(4, times=10))
+    assert read_archive(path)[1]["zeros"].numel() == 36 * 2**20
+    path.write_bytes(weights_that_expand(1, times=50))
+    with pytest.raises(FileError, match=r"claims|expands"):
+        read_archive(path)
+
+
 def test_other_resolvers_do_not_run(tmp_path):
     """Not even those of the program that reads the file."""
     called = []

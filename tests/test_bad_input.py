@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from op_testing import make_weights, replace
@@ -223,6 +224,8 @@ VALUES = [
     # Another device's kernels, which make no result, were called.
     Bad("l2-device", {**OPTIONS, "l2_lambda": torch.ones(A, device="meta")}, RuntimeError,
         ["l2_lambda", "cpu", "meta"]),
+    Bad("l2-grad", {**OPTIONS, "l2_lambda": torch.ones(A, requires_grad=True)}, ValueError,
+        ["l2_lambda", "requires_grad"]),
     Bad("seed-device", {**OPTIONS, "dropout": 0.5, "seed": OPTIONS["seed"].to("meta")},
         RuntimeError, ["seed", "cpu", "meta"]),
     *(
@@ -233,6 +236,10 @@ VALUES = [
     # Wrong in every mode, not only where it would be used.
     Bad("dropout-in-eval", {"dropout": 1.5}, ValueError, ["dropout", "1.5"]),
     Bad("depth-in-eval", {"stochastic_depth": -1.0}, ValueError, ["stochastic_depth", "-1"]),
+    Bad("l2-in-eval", {"l2_lambda": -1}, ValueError, ["l2_lambda", "-1"]),
+    Bad("l2-nan-in-eval", {"l2_lambda": math.nan}, ValueError, ["l2_lambda", "nan"]),
+    Bad("l2-str-in-eval", {"l2_lambda": "a"}, TypeError, ["l2_lambda", "str 'a'"]),
+    Bad("l2-None-in-eval", {"l2_lambda": None}, TypeError, ["l2_lambda", "NoneType"]),
     Bad("dropout-str", {"dropout": "0.5"}, TypeError, ["dropout", "str"]),
     *(
         Bad(f"eps={eps}", {"eps": eps}, ValueError, ["eps", str(eps)])
@@ -282,7 +289,7 @@ VALUES = [
     Bad(
         "seed-float-tensor",
         {**OPTIONS, "dropout": 0.1, "seed": torch.tensor(1.0)},
-        TypeError,
+        RuntimeError,
         ["seed", "int64", "float32"],
     ),
     Bad(
@@ -295,9 +302,17 @@ VALUES = [
     Bad(
         "compute-dtype-str",
         {"compute_dtype": "bf16"},
-        (TypeError, ValueError),
-        ["compute_dtype", "bf16"],
+        TypeError,
+        ["compute_dtype", "torch.dtype", "str 'bf16'"],
     ),
+    Bad("compute-dtype-list", {"compute_dtype": []}, TypeError, ["compute_dtype", "list"]),
+    *(
+        Bad(f"{name}-int", {name: 3}, TypeError, [name, "expected one of", "got 3"])
+        for name in ("activation", "norm_position", "stochastic_depth_mode")
+    ),
+    # The first was the dispatcher's error, the second was taken for True.
+    Bad("residual-str", {"residual": "no"}, TypeError, ["residual", "bool", "str 'no'"]),
+    Bad("training-str", {"training": "no"}, TypeError, ["training", "bool", "str 'no'"]),
     *(
         Bad(f"routing-is-ids-{n}", {"routing": torch.zeros(n, dtype=torch.int64)}, TypeError,
             ["routing", "Tensor"])
@@ -340,6 +355,11 @@ ROUTE = {
     "negative-count": ([-1], -1, RuntimeError, ["num_adapters", "-1"]),
     "huge-count": ([-1], 2**63 - 1, RuntimeError, ["num_adapters", str(2**63 - 1)]),
     "list": ((0, 1), 3, TypeError, ["ids", "tuple"]),
+    # These were the dispatcher's errors, the last was taken for one adapter.
+    "float-count": ([0], 2.5, TypeError, ["num_adapters", "integer", "float 2.5"]),
+    "str-count": ([0], "3", TypeError, ["num_adapters", "integer", "str '3'"]),
+    "None-count": ([0], None, TypeError, ["num_adapters", "integer", "NoneType"]),
+    "bool-count": ([0], True, TypeError, ["num_adapters", "integer", "bool True"]),
 }  # fmt: skip
 
 
@@ -348,10 +368,14 @@ def test_route(ids: Any, num_adapters: int, exception: type[Exception], words: l
     with pytest.raises(exception) as caught:
         adapter_ext.route(torch.tensor(ids) if isinstance(ids, list) else ids, num_adapters)
     message = str(caught.value)
-    if exception is RuntimeError:
-        assert message.startswith("route:")
+    assert message.startswith("route:")
     for word in words:
         assert re.search(word, message), f"{word!r} is not in {message!r}"
+
+
+def test_a_count_of_numpys_is_a_count() -> None:
+    ids = torch.tensor([1, -1])
+    assert adapter_ext.route(ids, np.int64(2)).offsets.tolist() == [0, 0, 1]
 
 
 def test_half_a_routing() -> None:
@@ -379,3 +403,15 @@ def test_forged_routing_cannot_crash(name: str) -> None:
     forged = routing(4)._replace(**{name: torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(RuntimeError, match="linear_adapter: routing"):
         call(routing=forged)
+
+
+def test_gradient_of_another_shape_in_the_backward() -> None:
+    """As many elements in other rows were taken for it."""
+    x = torch.randn(4, 2, D)
+    arguments = list(ops.raw_forward_arguments(x, weights(), routing(4)))
+    y, _, saved = torch.ops.adapter_ext.linear_adapter_forward(*arguments)
+    needed = [1] * (1 + len(arguments[1]))
+    with pytest.raises(RuntimeError, match=r"grad_y: expected the shape of x, \[4, 2, .*\[2, 4, "):
+        torch.ops.adapter_ext.linear_adapter_backward(
+            y.transpose(0, 1), None, *arguments, saved, needed
+        )

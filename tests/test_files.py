@@ -657,6 +657,16 @@ REFUSED_CONTENT = {
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_deepest_config_is_written_and_read(suffix, tmp_path):
+    """The configuration is at level 0, the number in the lists at level 32."""
+    path = tmp_path / f"x{suffix}"
+    write_adapters(path, with_config(a=nested(31)))
+    assert read_adapters(path).adapters["fr"].config["a"] == nested(31)
+    with pytest.raises(FileError, match=r"'fr'.*nested more than 32 levels deep"):
+        write_adapters(path, with_config(a=nested(32)))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_tensors_of_another_class_are_not_written(suffix, tmp_path):
     with pytest.raises(FileError, match=r"'e\.0'.*Subclass.*plain tensor"):
         write_adapters(tmp_path / f"x{suffix}", with_tensor(Subclass(torch.ones(2))))

@@ -818,6 +818,9 @@ def test_b22_linear_adapter_arguments():
         LinearAdapter(WIDTH, 3, activation="tanh")
     with pytest.raises(ValueError, match="activation"):
         LinearAdapter(WIDTH, 3, activation="tanh")
+    for name, value in {"in_features": "8", "dim": 2.5, "activation": [], "dropout": None}.items():
+        with pytest.raises(TypeError, match=f"{name} must be"):
+            LinearAdapter(**{"in_features": WIDTH, "dim": 3, name: value})
     for name in ("hardtanh", "relu", "selu", "swish", "silu"):
         assert not LinearAdapter(WIDTH, 3, activation=name).module[2].inplace
     with torch.device("meta"):

@@ -292,6 +292,102 @@ def test_a_name_by_itself_is_no_sequence_of_names(adapters, got, model):
     """Its letters were looked up; an iterator was used up by the checks, and no group remained."""
     with pytest.raises(TypeError, match=f"adapters must be a sequence of names, .*got '{got}'"):
         AdamW(model, adapters=adapters)
+    if isinstance(adapters, str):
+        with pytest.raises(TypeError, match=r"names must be a sequence of names .*got 'a1'"):
+            mean_per_adapter(torch.ones(2), adapters)
+
+
+# By option of a group: the exception, and what it says.
+WRONG_OPTIONS = {
+    "lr": [(-1e-2, ValueError, "lr must be at least 0, got -0.01")],
+    "weight_decay": [(-1.0, ValueError, "weight_decay must be at least 0, got -1.0")],
+    "eps": [
+        (-1e-8, ValueError, "eps must be at least 0, got -1e-08"),
+        (None, TypeError, "eps must be a number, got None"),
+    ],
+    "betas": [
+        ((0.9, 1.0), ValueError, r"betas\[1\] must be below 1, got 1.0"),
+        ((-0.1, 0.9), ValueError, r"betas\[0\] must be at least 0, got -0.1"),
+        ((0.9,), ValueError, "betas must be two numbers, got"),
+        (0.9, TypeError, "betas must be two numbers, got 0.9"),
+    ],
+    "max_norm": [
+        (-1, ValueError, "max_norm must be at least 0, got -1"),
+        (float("nan"), ValueError, "max_norm must be at least 0, got nan"),
+        ("a", TypeError, "max_norm must be a number, got 'a'"),
+        (True, TypeError, "max_norm must be a number, got True"),
+        (torch.ones(2), ValueError, "max_norm must be one number, got"),
+    ],
+    "weight_decya": [(0.0, ValueError, "there is no option 'weight_decya'; there are lr, betas, ")],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "error"),
+    [(key, *case) for key, cases in WRONG_OPTIONS.items() for case in cases],
+)
+def test_wrong_options_were_taken_without_a_word(key, value, kind, error, model):
+    """With a negative learning rate or max_norm, training ascended."""
+    if key != "weight_decya":  # which is torch's TypeError here
+        with pytest.raises(kind, match=f"AdamW: {error}"):
+            AdamW(model, **{key: value})
+    with pytest.raises(kind, match=f"adapter 'a1': {error}"):
+        AdamW(model, adapters={"a": {}, "a1": {key: value}})
+    optimizer = train_together(model, "names", STEPS[:1], AdamW(model, adapters=["a", "a1"]))
+    given = {"a": {"lr": 0.5}, "a1": {key: value}}
+    error_of_match = f"adapter 'a1': {error}"
+    assert unchanged_by(optimizer, error_of_match, lambda: optimizer.match_model(given), kind)
+    group = {"params": [nn.Parameter(torch.ones(2))], key: value}
+    error_of_add = f"the parameter group: {error}"
+    assert unchanged_by(optimizer, error_of_add, lambda: optimizer.add_param_group(group), kind)
+
+
+def test_options_of_an_adapter_are_no_parameters(model):
+    """Such a group was of those parameters, or of that adapter."""
+    for key in ("params", "adapter"):
+        with pytest.raises(ValueError, match=f"options of adapter 'a' can't have '{key}'"):
+            AdamW(model, adapters={"a": {key: []}})
+    with pytest.raises(TypeError, match="options of adapter 'a' must be a mapping, got float"):
+        AdamW(model, adapters={"a": 1e-3})
+
+
+def test_what_a_scheduler_notes_in_a_group_is_no_unknown_option(model):
+    optimizer = AdamW(model, adapters=["a", "a1"])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    optimizer.match_model(["a", "a1", "module"])
+    assert [group.get("max_lr") for group in optimizer.param_groups] == [0.1, 0.1, None]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "initial_lr": 0.5})
+
+
+@pytest.mark.parametrize("option", ["foreach", "differentiable"])
+def test_what_excludes_fused_was_refused_though_nobody_asked_for_fused(option, model):
+    """Of a group alone, foreach was not used, and differentiable failed in the first step."""
+    assert [g["fused"] for g in AdamW(model).param_groups] == [True] * 4
+    optimizer = AdamW(model, **{option: True})
+    assert [(g["fused"], g[option]) for g in optimizer.param_groups] == [(False, True)] * 4
+    optimizer = AdamW(model, adapters={"a": {option: True}, "a1": {}})
+    assert [g["fused"] for g in optimizer.param_groups] == [False, True]
+    before = state_of(model, "a")
+    train_together(model, "names", [["a", "a1"]], optimizer)
+    assert not torch.equal(state_of(model, "a")[0], before[0])
+    optimizer.match_model({"a": {}, "a1": {option: True}})
+    assert [g["fused"] for g in optimizer.param_groups] == [False, False]
+    with pytest.raises(RuntimeError, match="`fused`"):  # torch's own
+        AdamW(model, fused=True, **{option: True})
+    both = {option: True, "fused": True}
+    with pytest.raises(ValueError, match="adapter 'a': fused excludes foreach and differentiable"):
+        AdamW(model, adapters={"a": both})
+
+
+def test_a_max_norm_of_zero_leaves_the_weight_decay_alone(model):
+    """It is a norm as others are, not None."""
+    want = [0.95 * p for p in state_of(model, "a")]
+    free = state_of(model, "a1")
+    optimizer = AdamW(model, lr=0.1, weight_decay=0.5, max_norm=0.0, adapters=["a", "a1"])
+    optimizer.param_groups[1]["max_norm"] = None
+    train_together(model, "names", [["a", "a1"]], optimizer)
+    torch.testing.assert_close(state_of(model, "a"), want, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(state_of(model, "a1")[0], 0.95 * free[0])
 
 
 def test_closure_hooks_and_scheduler(model):
@@ -357,6 +453,17 @@ def test_whole_state_dict(model):
     resumed.load_state_dict(state)
     train_together(other, "names", STEPS[2:], resumed)
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_whole_state_has_every_moment_of_adapters_that_were_never_stepped(model):
+    """Also the one that amsgrad alone has: what resumes asks for it."""
+    state = AdamW(model, adapters={"a": {"amsgrad": True}, "a1": {}}).state_dict()
+    moments = {"step", "exp_avg", "exp_avg_sq"}
+    for group, keys in zip(
+        state["param_groups"], (moments | {"max_exp_avg_sq"}, moments), strict=True
+    ):
+        assert len(group["params"]) == 8
+        assert all(state["state"][number].keys() == keys for number in group["params"])
 
 
 @pytest.mark.parametrize(
@@ -510,11 +617,11 @@ def test_state_of_another_shape_is_refused(model):
     torch.testing.assert_close(optimizer.adapter_state_dict("a"), before, rtol=0, atol=0)
 
 
-def unchanged_by(optimizer, error, call):
+def unchanged_by(optimizer, error, call, kind=ValueError):
     """Whether a call raises this and leaves options, state and order of the groups."""
     before = copy.deepcopy(optimizer.state_dict()["state"])
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(kind, match=error):
         call()
     torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
     return optimizer.param_groups == groups
@@ -584,6 +691,29 @@ def test_mean_per_adapter(shape):
         sum(losses[ids == i].sum() / counts[i] for i in range(-1, 3)),
     )
     assert mean_per_adapter(losses[:0], ids[:0]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "samples"), [(torch.float16, 66000), (torch.bfloat16, 257)])
+@pytest.mark.parametrize("way", ["ids", "names", "counts"])
+def test_a_mean_over_many_samples_in_few_bits(way, dtype, samples):
+    """From 65520 on the count was infinite in float16, and the mean zero; bfloat16 rounded it."""
+    losses = torch.full((samples,), 3.0, dtype=dtype, requires_grad=True)
+    ids = torch.zeros(samples, dtype=torch.int64)
+    names = ["a"] * samples if way == "names" else ids
+    counts = {0: samples} if way == "counts" else None
+    mean = mean_per_adapter(losses, names, counts=counts)
+    assert mean.dtype is dtype
+    assert mean == 3.0
+    [grad] = torch.autograd.grad(mean, losses)
+    assert torch.equal(grad, torch.full_like(grad, 1 / samples))
+
+
+def test_a_mean_is_of_the_type_of_its_losses():
+    ids = torch.zeros(3, dtype=torch.int64)
+    for dtype in (torch.float64, torch.float32):
+        losses = torch.tensor([1, 1, 2], dtype=dtype)
+        assert torch.equal(mean_per_adapter(losses, ids), losses.sum() / 3)
+    assert mean_per_adapter(torch.tensor([1, 0, 0]), ids).item() == pytest.approx(1 / 3)
 
 
 def test_mean_per_adapter_by_name():

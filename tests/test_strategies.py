@@ -104,11 +104,13 @@ def test_item16_scale_is_not_rounded_to_the_activations_type(host):
     strategy = ResidualAddAdapterStrategy(stochastic_depth=0.3)
     x = torch.ones(4, 8, dtype=torch.bfloat16)
     for _ in range(20):
-        y = strategy.apply_stochastic_depth(x * 100, x, nn.Identity(), module=host)
+        y = strategy.apply_stochastic_depth(x * 11, x, nn.Identity(), module=host)
         assert y.dtype is torch.bfloat16
         if y.any():
-            assert torch.equal(y, torch.full_like(x, 100 / 0.7))
+            # 1 / 0.7 is 1.4297 in bfloat16, which gives 15.75.
+            assert torch.equal(y, torch.full_like(x, 11 / 0.7))
             return
+    raise AssertionError("20 draws of probability 0.7 kept nothing")
 
 
 @pytest.mark.parametrize("p", [-0.5, 1.5, float("nan")])
@@ -136,6 +138,15 @@ def test_item17_aux_loss(shape, no_grad, adapter, host):
     want = 0.3 * formula(adapter, x).reshape(5, -1).square().sum(1).mean()
     torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-9)
     assert loss.requires_grad is not no_grad
+
+
+def test_item17_an_input_of_one_dimension_is_one_sample(adapter, host):
+    x = rand(D)
+    host.train()
+    ResidualAddAdapterStrategy(l2_lambda=0.3)(x, adapter, module=host)
+    [loss] = losses(adapter)
+    want = 0.3 * formula(adapter, x).square().sum()
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-9)
 
 
 def test_item17_aux_loss_trains(adapter, host):
