@@ -6,6 +6,7 @@ All else about the package stands in pyproject.toml.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -41,8 +43,10 @@ def cuda_wheels() -> list[str]:
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME or CUDA_PATH, of PATH, or of the wheel nvidia-cuda-nvcc."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            return shutil.which("nvcc", path=str(Path(home) / "bin"))
+        home = os.environ.get(variable)
+        # It may be a toolkit's folder without its compiler, for what runs and does not build.
+        if home and (nvcc := shutil.which("nvcc", path=str(Path(home) / "bin"))):
+            return nvcc
     if nvcc := shutil.which("nvcc"):
         return nvcc
     wheels = [Path(entry) / "nvidia" / "cu13" / "bin" for entry in sys.path]
@@ -83,7 +87,12 @@ def cuda_options() -> list[str]:
         return none
 
     def output(*arguments: str) -> str:
-        process = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=True)
+        process = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise SystemExit(
+                f"{nvcc}: exits with {process.returncode}: {' '.join(process.stderr.split())}; "
+                "ADAPTER_EXT_CUDA=0 builds without CUDA"
+            )
         return process.stdout + process.stderr
 
     # nvcc on PATH may be a script in another place than the toolkit.
@@ -116,10 +125,49 @@ def kept_for(build: Path) -> str:
     return "\n".join(facts)
 
 
+def check_tools() -> None:
+    """Says what is missing of what builds the libraries."""
+    missing = [name for name in ("torch", "pybind11") if importlib.util.find_spec(name) is None]
+    missing += [name for name in ("cmake", "ninja") if shutil.which(name) is None]
+    if missing:
+        raise SystemExit(
+            f"adapter_ext: its build needs {', '.join(missing)}, not found here. "
+            f"Without build isolation: pip install {' '.join(missing)}"
+        )
+
+
+def cmake(step: str, *arguments: str) -> None:
+    """Runs a step of the build, which says itself what is wrong."""
+    status = subprocess.run(["cmake", *arguments], check=False).returncode
+    if status == 0:
+        return
+    # Only now, since CMake knows more places to look in for a compiler.
+    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        raise SystemExit(
+            f"adapter_ext: its build needs a C++ compiler, expected {' or '.join(compilers)} on "
+            "PATH, got none; CXX names another one"
+        )
+    raise SystemExit(f"adapter_ext: cmake, {step}: exits with {status}; it says above why")
+
+
+class PackageBuild(build_py):
+    """Copies the package's Python files."""
+
+    def run(self) -> None:
+        # What an earlier build left there would be installed too: modules that are no more, and a
+        # CUDA library by a build without one. Objects are kept elsewhere, in build_temp.
+        package = Path(self.build_lib) / "adapter_ext"
+        if package.exists():
+            shutil.rmtree(package)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Builds all native libraries into the package's folder."""
 
     def run(self) -> None:
+        check_tools()
         # Only here: pip reads metadata in environments that have neither.
         import pybind11
         import torch
@@ -138,7 +186,6 @@ class CMakeBuild(build_ext):
                 stamp.write_text(facts)
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake",
             "-G",
             "Ninja",
             f"-S{ROOT}",
@@ -155,9 +202,9 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), f"-j{jobs}"], check=True)
-        subprocess.run(["cmake", "--install", str(build)], check=True)
+        cmake("configuring", *configure)
+        cmake("compiling", "--build", str(build), f"-j{jobs}")
+        cmake("installing", "--install", str(build))
         # For the error message of a library that does not load.
         facts = f"adapter_ext {self.distribution.get_version()} against torch {torch.__version__}\n"
         (package / "built_with.txt").write_text(facts)
@@ -165,7 +212,7 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("adapter_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": PackageBuild},
     # pip installs these for an isolated build; setuptools calls it so.
     setup_requires=cuda_wheels()
     if os.environ.get("ADAPTER_EXT_CUDA") == "1" and find_nvcc() is None

@@ -1,6 +1,6 @@
 """NeMo's adapter API on native PyTorch ops: one batch, every row its own adapter."""
 
-from adapter_ext import optim
+from adapter_ext import _library, optim
 from adapter_ext.access import AccessMixin, set_access_cfg
 from adapter_ext.adapters import (
     AdapterConfig,
@@ -48,6 +48,8 @@ from adapter_ext.strategies import (
     ReturnResultAdapterStrategyConfig,
 )
 from adapter_ext.types import AdapterWeights, Routing
+
+__version__ = _library.VERSION
 
 __all__ = [
     "AbstractAdapterStrategy",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapter_ext import demo, doctor, files
+from adapter_ext import __version__, demo, doctor, files
 from adapter_ext.listing import text_table
 
 
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m adapter_ext")
+    parser.add_argument("--version", action="version", version=f"adapter_ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="print what a bug report needs")
     of_demo = commands.add_parser(
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     expected: tuple[type[Exception], ...] = (ValueError, OSError)
     if options.command == "demo":
-        expected = (demo.DemoError, ImportError)
+        expected = (demo.DemoError, ImportError, OSError)
     try:
         if options.command == "inspect":
             inspect(options.file)

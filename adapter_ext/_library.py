@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import adapter_ext
 
 _NAME = "libadapter_ext_cpu.so"
 _CUDA_NAME = "libadapter_ext_cuda.so"
+_LEVEL = "ADAPTER_EXT_CPU_CAPABILITY"
 
 
 def _folder() -> Path:
@@ -30,9 +32,7 @@ def _folder() -> Path:
 def _load(library: Path) -> Path:
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-        from adapter_ext import _C
-
-        _C.cpu_capability()
+        from adapter_ext import _C  # noqa: F401  (it loads if the library does)
     except (OSError, ImportError, RuntimeError) as error:
         built = library.with_name("built_with.txt")
         raise ImportError(
@@ -46,6 +46,25 @@ def _load(library: Path) -> Path:
     return library
 
 
+def _check_level() -> None:
+    from adapter_ext import _C
+
+    try:
+        _C.cpu_capability()
+    except RuntimeError:
+        # The library loads: another build of it would not help.
+        raise ImportError(
+            f"{_LEVEL}: expected one of {', '.join(_C.supported_cpu_capabilities())} (the levels "
+            f"that this machine has) or nothing, got {os.environ.get(_LEVEL)!r}"
+        ) from None
+
+
+def _version() -> str:
+    from adapter_ext import _C
+
+    return _C.version
+
+
 def _load_cuda() -> Path | None:
     from adapter_ext import _C
 
@@ -57,6 +76,11 @@ def _load_cuda() -> Path | None:
 
 CPU_LIBRARY = _load(_folder() / _NAME)
 """The library of ops and CPU kernels."""
+
+_check_level()
+
+VERSION = _version()
+"""Of adapter_ext, as it was built."""
 
 CUDA_LIBRARY = _load_cuda()
 """The library of CUDA kernels, where it was built and torch is a CUDA build."""

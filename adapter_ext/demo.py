@@ -192,9 +192,12 @@ def run(out: Path, settings: Settings | None = None) -> Result:
     Raises:
         DemoError: if something does not hold that the demo is to show.
         ImportError: if a package of the ``demo`` extra is missing.
+        OSError: if a file can't be written.
     """
     for package in ("sklearn", "matplotlib", "tqdm"):
         _extra(package)
+    # Before it trains for a minute what could not be kept.
+    (out / "adapters").mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     # Layers this small gain little from more threads, and lose much where the machine is busy.
     torch.set_num_threads(1)
@@ -220,7 +223,6 @@ def _run(out: Path, settings: Settings) -> Result:
     print(f"\nBase network: {size:,} weights, {plain:.1%} on {digits} held-out digits.")
     print(f"Frozen, with {len(NAMES)} adapters of {each:,} weights each, one a domain.\n")
     _print_domains(domains)
-    out.mkdir(parents=True, exist_ok=True)
     figure = out / "accuracy.png"
     _plot(domains, figure)
     _check_domains(domains, digits)
@@ -381,7 +383,6 @@ def _check_domains(domains: Iterable[DomainResult], digits: int) -> None:
 
 
 def _write_adapters(network: Network, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.safetensors" for name in NAMES]
     for name, file in zip(NAMES, files, strict=True):
         network.save_adapters(file, name)
@@ -529,7 +530,7 @@ def _extra(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"the demo needs {error.name}, which is not installed: pip install 'adapter_ext[demo]'"
+            f"the demo needs {error.name}, which is not installed: pip install '.[demo]'"
         ) from error
 
 

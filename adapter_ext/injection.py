@@ -560,6 +560,8 @@ def _nothing(target: Target, everything: list[_Found]) -> str:
         what = f"no module is a {word}"
     else:
         return f"the predicate {target!r} holds for none of the {len(everything)} modules"
+    if not known:
+        return f"{what}; there are none within {type(everything[0].module).__name__}"
     near = difflib.get_close_matches(word, known, n=5, cutoff=0.5)
     if not near:
         # Perhaps but a part of the path.

@@ -225,8 +225,12 @@ def register_adapter(base_class: type, adapter_class: type) -> None:
         adapter_class: a subclass of it that is an :class:`adapter_ext.AdapterModuleMixin` too.
 
     Raises:
-        ValueError: if base_class has one already, or adapter_class is no subclass of it.
+        ValueError: if base_class has one already, or adapter_class is no subclass of it, or no
+            :class:`adapter_ext.AdapterModuleMixin`.
     """
+    # Only here: that module imports this one.
+    from adapter_ext.mixin import AdapterModuleMixin
+
     info = AdapterRegistryInfo(base_class, adapter_class)
     if info.base_class_path in _adapters:
         known = _adapters[info.base_class_path].adapter_class_path
@@ -235,6 +239,11 @@ def register_adapter(base_class: type, adapter_class: type) -> None:
         raise ValueError(
             f"the adapter class must be a subclass of its base class: "
             f"{info.adapter_class_path} is none of {info.base_class_path}"
+        )
+    if not issubclass(adapter_class, AdapterModuleMixin):
+        raise ValueError(
+            f"the adapter class must be a subclass of AdapterModuleMixin too: "
+            f"{info.adapter_class_path} is none"
         )
     _adapters[info.base_class_path] = info
     base_class._meta_adapter_class = adapter_class  # type: ignore[attr-defined]

@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the subcommand")
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the subcommand")
+    rest.required = False  # there may be none, which argparse's message denies
     options = parser.parse_args(arguments)
     module, _ = COMMANDS[options.command]
     importlib.import_module(f"benchmarks.{module}").main(options.arguments)

@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines have in common: the output."""
+"""What the benchmarks' command lines have in common: arguments and the output."""
 
 from __future__ import annotations
 
@@ -11,8 +11,23 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import measure, tables
+from benchmarks import measure, results, tables
 from benchmarks.results import Document, Result
+
+
+def positive(text: str) -> int:
+    """A number of something, from the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def read(parser: argparse.ArgumentParser, paths: Sequence[pathlib.Path]) -> list[Document]:
+    """Reads the files of results that a command line names."""
+    try:
+        return [results.read(path) for path in paths]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +38,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_timing(parser: argparse.ArgumentParser, seconds: float) -> None:
     """Adds the options that say how to time."""
     parser.add_argument("--seconds", type=float, default=seconds, help="for each function and case")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: PyTorch's")
     parser.add_argument(
         "--clock",
         choices=list(measure.CLOCKS),
@@ -54,7 +69,7 @@ def typed(name: str, arguments: Sequence[str] | None) -> str:
 def finish(
     name: str,
     arguments: Sequence[str] | None,
-    results: list[Result],
+    measured: list[Result],
     best: dict[str, float],
     path: pathlib.Path | None,
     **notes: Any,
@@ -64,12 +79,12 @@ def finish(
     Args:
         name: of the subcommand.
         arguments: what followed it.
-        results: what was measured.
+        measured: the results.
         best: the ceilings.
         path: of the file, if there is to be one.
         notes: of the document.
     """
-    document = Document(typed(name, arguments), measure.machine(), best, results, notes)
+    document = Document(typed(name, arguments), measure.machine(), best, measured, notes)
     print(tables.machine(document))
     for table in document.tables():
         own = document.table(table)

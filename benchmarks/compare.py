@@ -19,7 +19,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from benchmarks import measure, results
+from benchmarks import command, measure
 from benchmarks.results import Document, Result, Spread
 
 
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--moved", action="store_true", help="print only what moved")
     parser.add_argument("--check", action="store_true", help="fail where something got worse")
     options = parser.parse_args(arguments)
-    old, new = results.read(options.old), results.read(options.new)
+    old, new = command.read(parser, [options.old, options.new])
     found = changes(old, new, function=options.function, per=options.per, least=options.least)
     if not found:
         raise SystemExit(f"benchmarks compare: {options.old} and {options.new} share no case")

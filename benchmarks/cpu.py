@@ -52,7 +52,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name, values in FULL.items():
         option = "--" + name.replace("_", "-")
         parser.add_argument(
-            option, nargs="+", type=int, metavar="N", help=f"of the grid, default: {values}"
+            option,
+            nargs="+",
+            type=command.positive,
+            metavar="N",
+            help=f"of the grid, default: {values}",
         )
     parser.add_argument(
         "--stacked", action="store_true", help="the grid with one tensor for all adapters' weights"

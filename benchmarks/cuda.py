@@ -204,7 +204,29 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=REPOSITORY / "build" / "benchmarks_cuda.json",
         help="where to write results, default: build/benchmarks_cuda.json",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        pattern = re.compile(options.match)
+    except re.error as error:
+        parser.error(f"--match: expected a regular expression, got {options.match!r}: {error}")
+    if not any(pattern.search(str(case)) for _, every, _, _ in plan(options) for case in every):
+        parser.error(
+            f"--match: expected a part of some case's name, as '{main_cases()[0]}', "
+            f"got {options.match!r}, which is in none"
+        )
+    return options
+
+
+Part = tuple[str, list[Case], Sequence[str], float]
+"""A table, its cases, their peers, and the seconds that must be left for a case to begin."""
+
+
+def plan(options: argparse.Namespace) -> list[Part]:
+    """What is timed, but for ``--match``."""
+    parts: list[Part] = [("grid", main_cases(), PEERS, CASE_SECONDS)]
+    if not options.no_compile:
+        parts.append(("compiled", compiled_cases(), COMPILED_PEERS, COMPILED_CASE_SECONDS))
+    return parts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -234,10 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document = Document(command.typed("cuda", arguments), machine, best, [], notes)
     document.write(options.json)
     print(tables.machine(document), flush=True)
-    plan = [("grid", main_cases(), PEERS, CASE_SECONDS)]
-    if not options.no_compile:
-        plan.append(("compiled", compiled_cases(), COMPILED_PEERS, COMPILED_CASE_SECONDS))
-    for table, every, wanted, case_seconds in plan:
+    for table, every, wanted, case_seconds in plan(options):
         chosen = [case for case in every if re.search(options.match, str(case))]
         if not chosen:
             continue

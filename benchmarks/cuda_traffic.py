@@ -232,6 +232,8 @@ class Kernels:
     def __init__(self) -> None:
         sys.path.append(str(ROOT / "tests"))
         build = importlib.import_module("simt.build")
+        if reason := build.missing("ptxsim"):
+            sys.exit(f"benchmarks cuda-traffic: needs the CUDA simulator: {reason}")
         in_turns = build.link([build.FOLDER / "in_turns.cpp"], "ptxsim")
         self._in_turns = ctypes.CDLL(str(in_turns), mode=ctypes.RTLD_GLOBAL)
         library = str(build.library("ptxsim"))
@@ -395,10 +397,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     action.add_argument("--check", action="store_true", help="some lines against those there")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their names")
     options = parser.parse_args(arguments)
-    wanted = [case for case in cases() if is_checked(case) or not options.check]
+    of_action = [case for case in cases() if is_checked(case) or not options.check]
+    wanted = [case for case in of_action if options.only in str(case)]
+    if not wanted:
+        parser.error(
+            f"--only: expected a part of some case's name, as '{of_action[0]}', "
+            f"got {options.only!r}, which is in none"
+        )
     kernels = Kernels()
     counted, lines = {}, {}
-    for case in measure.progress([case for case in wanted if options.only in str(case)], "cases"):
+    for case in measure.progress(wanted, "cases"):
         launches = run(kernels, case)
         counted[str(case)] = count(case, launches)
         lines[str(case)] = line(case, launches, counted[str(case)])

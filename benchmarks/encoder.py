@@ -236,11 +236,15 @@ def run(mode: str, arguments: Sequence[str] | None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--adapters", nargs="+", type=int, metavar="N", default=list(ADAPTERS))
+    parser.add_argument(
+        "--adapters", nargs="+", type=command.positive, metavar="N", default=list(ADAPTERS)
+    )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     for field in dataclasses.fields(Sizes):
         option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=int, default=field.default, help=f"{field.default}")
+        parser.add_argument(
+            option, type=command.positive, default=field.default, help=f"{field.default}"
+        )
     command.add_timing(parser, seconds=5.0)
     command.add_output(parser)
     options = parser.parse_args(arguments)

@@ -23,6 +23,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -109,10 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--hidden-size", nargs="+", type=int, metavar="N", default=[1024])
-    parser.add_argument("--bottleneck", nargs="+", type=int, metavar="N", default=[64])
-    parser.add_argument("--rows", nargs="+", type=int, metavar="N", default=[2048, 8192])
-    parser.add_argument("--adapters", nargs="+", type=int, metavar="N", default=[1, 8, 64])
+    number: dict[str, Any] = {"type": command.positive, "metavar": "N"}
+    parser.add_argument("--hidden-size", nargs="+", **number, default=[1024])
+    parser.add_argument("--bottleneck", nargs="+", **number, default=[64])
+    parser.add_argument("--rows", nargs="+", **number, default=[2048, 8192])
+    parser.add_argument("--adapters", nargs="+", **number, default=[1, 8, 64])
     parser.add_argument(
         "--peers",
         type=lambda text: text.split(","),

@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints both ratios; exits with 1 where ``--check`` is given and one is above its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks overhead", description=__doc__)
     parser.add_argument("--dtype", choices=list(cases.DTYPES), default="fp32")
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--bottleneck", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--hidden-size", type=command.positive, default=512)
+    parser.add_argument("--bottleneck", type=command.positive, default=64)
+    parser.add_argument("--rows", type=command.positive, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each function")
     parser.add_argument("--check", action="store_true", help="fail above the promised ratios")
     command.add_output(parser)

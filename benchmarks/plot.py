@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import peers, results, tables
+from benchmarks import command, peers, tables
 from benchmarks.results import Document, Result
 
 PREFIX = "benchmarks_"
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(), metavar="FOLDER")
     options = parser.parse_args(arguments)
-    written = draw([results.read(file) for file in options.files], options.out)
+    written = draw(command.read(parser, options.files), options.out)
     if not written:
         raise SystemExit("benchmarks plot: no results to draw in these files")
     print(*(f"written: {path}" for path in written), sep="\n")

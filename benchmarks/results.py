@@ -125,7 +125,10 @@ def read(path: pathlib.Path) -> Document:
     Raises:
         ValueError: the file is none, or one of another format.
     """
-    document = json.loads(path.read_text())
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text at all
+        raise ValueError(f"{path}: expected results as JSON: {error}") from error
     found = document.pop("format", None) if isinstance(document, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: expected results of format {FORMAT}, got format {found}")

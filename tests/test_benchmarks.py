@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from simt import build
 from simt.build import REPOSITORY
 
 sys.path.append(str(REPOSITORY))  # benchmarks/ is not installed
@@ -31,6 +32,7 @@ from benchmarks import (
     compare,
     cpu,
     cuda,
+    cuda_traffic,
     encoder,
     measure,
     memory,
@@ -558,6 +560,92 @@ def test_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmarks.__main__.main(["nothing"])
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_no_subcommand_is_an_error_about_it_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.__main__.main([])
+    assert capsys.readouterr().err.endswith("are required: COMMAND\n")
+
+
+@pytest.mark.parametrize("name", ["compare", "plot"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"no JSON", "expected results as JSON"),
+        (b"\xff", "expected results as JSON"),
+        (b"[]", "expected results of format 1"),
+    ],
+)
+def test_files_that_cant_be_read_are_usage_errors(
+    name: str,
+    content: bytes | None,
+    words: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.__main__.main([name, str(path), str(path)])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"python -m benchmarks {name}: error: ")
+    assert words in message
+    assert str(path) in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cpu --threads -1",
+        "cpu --threads 0",
+        "cpu --rows x",
+        "training --adapters 0",
+        "serving --layers -2",
+        "memory --rows 0",
+        "overhead --rows 0",
+    ],
+)
+def test_numbers_below_one_are_usage_errors(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, option, value = words.split()
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.__main__.main(words.split())
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: expected an integer of at least 1, got '{value}'" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--match", "fp64"], "got 'fp64', which is in none"),
+        (["--match", "A=8$", "--no-compile"], None),
+        (["--match", "("], "expected a regular expression, got '('"),
+        ([], None),
+    ],
+)
+def test_a_match_of_no_case_is_a_usage_error(
+    arguments: list[str], words: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that times nothing would pass."""
+    if words is None:
+        assert cuda.parse_arguments(arguments).match == (arguments or ["", ""])[1]
+        return
+    with pytest.raises(SystemExit, match="2"):
+        cuda.parse_arguments(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_traffic_without_cases_or_simulator_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "missing", lambda flavour: f"{flavour} is missing")
+    with pytest.raises(SystemExit, match="needs the CUDA simulator: ptxsim is missing"):
+        cuda_traffic.main([])
+    with pytest.raises(SystemExit, match="2"):
+        cuda_traffic.main(["--only", "fp64"])
+    assert "got 'fp64', which is in none" in capsys.readouterr().err
 
 
 def test_what_was_typed() -> None:

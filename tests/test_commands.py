@@ -84,3 +84,15 @@ def test_errors_are_messages(command, tmp_path, capsys):
         assert words in shown.err
         assert len(shown.err.splitlines()) == 1
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("value", ["x" * 41, "\x1b" * 41])
+def test_a_long_value_of_a_file_is_cut(value, tmp_path, capsys):
+    """A table of one adapter is no page of text."""
+    path = tmp_path / "x.pt"
+    saved = files.SavedAdapter("de", "", config(activation=value), None, [{"w": torch.ones(3)}])
+    files.write_adapters(path, content(saved))
+    assert main(["inspect", str(path)]) == 0
+    _, _, line = capsys.readouterr().out.splitlines()
+    shown = value if value.isprintable() else repr(value)
+    assert line.split()[5] == shown[:40]

@@ -121,4 +121,14 @@ def test_missing_package_names_the_extra(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert main(["demo", "--out", str(tmp_path)]) == 1
     assert "needs sklearn" in (error := capsys.readouterr().err)
-    assert "pip install 'adapter_ext[demo]'" in error
+    assert "pip install '.[demo]'" in error
+
+
+def test_a_folder_that_cant_be_made_is_an_error_before_any_training(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(demo, "_run", None)
+    (tmp_path / "file").touch()
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("demo: ")
+    assert str(tmp_path / "file") in error
+    assert len(error.splitlines()) == 1

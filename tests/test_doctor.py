@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 
+import adapter_ext
 from adapter_ext import _C, _library, doctor
 from adapter_ext.__main__ import main
 
@@ -82,3 +83,34 @@ def test_unknown_command_is_a_usage_error(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "doctor" in capsys.readouterr().err
+
+
+LACKING = set(_C.compiled_cpu_capabilities()) - set(_C.supported_cpu_capabilities())
+
+
+@pytest.mark.parametrize("level", ["avx3", *sorted(LACKING)])
+def test_a_wrong_level_is_not_said_to_be_a_library_that_does_not_load(level):
+    """Nor is it to be installed again; there are the levels to choose from."""
+    process = subprocess.run(
+        [sys.executable, "-m", "adapter_ext", "doctor"],
+        env={**os.environ, "ADAPTER_EXT_CPU_CAPABILITY": level},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == (
+        "ImportError: ADAPTER_EXT_CPU_CAPABILITY: expected one of "
+        f"{', '.join(_C.supported_cpu_capabilities())} (the levels that this machine has) or "
+        f"nothing, got {level!r}"
+    )
+    assert "does not load" not in process.stderr
+    assert "pip install" not in process.stderr
+
+
+def test_the_version_has_a_name_and_an_option(capsys):
+    assert adapter_ext.__version__ == importlib.metadata.version("adapter_ext")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"adapter_ext {adapter_ext.__version__}\n"

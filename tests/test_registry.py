@@ -82,6 +82,14 @@ def test_item2_adapter_class_must_be_a_subclass():
     assert not hasattr(OtherInnerAdapter, "_meta_base_class")
 
 
+def test_adapter_class_must_be_able_to_hold_adapters():
+    plain = type("Plain", (Base,), {})
+    with pytest.raises(ValueError, match=r"AdapterModuleMixin too: .*Plain is none"):
+        register_adapter(Base, plain)
+    assert get_registered_adapter(Base) is None
+    assert not hasattr(plain, "_meta_base_class")
+
+
 def test_b26_nested_classes_do_not_collide():
     register_adapter(Base.Inner, InnerAdapter)
     register_adapter(Other.Inner, OtherInnerAdapter)
