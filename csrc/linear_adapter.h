@@ -4,7 +4,7 @@
 // the memory of the results beforehand.
 #pragma once
 
-#include <deque>
+#include <list>
 #include <tuple>
 
 #include "tensor_checks.h"
@@ -224,7 +224,7 @@ class LinearAdapterArguments {
   ScalarType accumulate_type_;
   LinearAdapterProblem p_{};
   std::vector<AdapterView> views_;
-  std::deque<Tensor> copies_;  // of weights, which views refer to
+  std::list<Tensor> copies_;  // of weights, which views refer to
 };
 
 inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type,

@@ -221,11 +221,14 @@ void launch(const char* name, void (*kernel)(Params), int64_t blocks, int thread
   if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows");
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > 48 * 1024) {
-    // What it may have at most, not what this launch has: another thread may be about to launch it
-    // with more.
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               device_limits().shared_memory),
-          name);
+    const int most = device_limits().shared_memory;
+    if (shared > most) {
+      throw std::runtime_error(std::string(name) + ": needs " + std::to_string(shared) +
+                               " bytes of shared memory a block, the device has " +
+                               std::to_string(most));
+    }
+    // Not what this launch has: another thread may be about to launch it with more.
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
   }
   void* arguments[] = {const_cast<Params*>(&params)};
   if (begins == Begins::kEarly) {
