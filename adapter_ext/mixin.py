@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from adapter_ext.routing import Routes
     from adapter_ext.sample_counts import Counter
 
+_RouteStack: TypeAlias = "tuple[tuple[int, Routes | None], ...]"
+
 _OF_A_MODEL = (
     "adapter {!r} was added to a whole model: call this on the model, which may have it in other "
     "modules as well"
@@ -90,7 +92,7 @@ class AdapterModuleMixin(ABC):
     _enabled_adapters: dict[str, None] = {}  # noqa: RUF012  (replaced, never changed in place)
     # The routes in force, the innermost last, each with the thread that set it. Plain attributes:
     # torch.compile refuses ContextVar, and reads a thread-local once and for all.
-    _adapter_routes: tuple[tuple[int, Routes | None], ...] = ()
+    _adapter_routes: _RouteStack = ()
     # The last changes of the routes in force, outside of backward passes: thread, the number of its
     # next autograd node, and the mark of the routes from there on, None for none.
     _route_history: deque[tuple[int, int, object]] | None = None
@@ -487,15 +489,12 @@ class AdapterModuleMixin(ABC):
         if self._route_history is None or node is None:
             return
         history = tuple(self._route_history)  # other threads may add to it
-        this = threading.get_ident()
-        mark: object = None
-        for thread, routes in reversed(self._adapter_routes):
-            if thread == this:
-                if routes is None or routes.for_backward:
-                    return
-                mark = routes.mark
-                break
+        own = _of_this_thread(self._adapter_routes)
+        if own and (own[-1] is None or own[-1].for_backward):
+            return
+        mark = _mark(own)
         threads = {thread for thread, _, _ in history}
+        this = threading.get_ident()
         # On a GPU this is a thread of autograd's, which routes nothing.
         for thread in {this} if this in threads else threads:
             if _mark_at(history, thread, node._sequence_nr()) is not mark:
@@ -713,7 +712,7 @@ def leave_traced_routes(outer: _TracedRoutes) -> None:
     _traced_routes = outer
 
 
-def set_routes(stacks: Mapping[AdapterModuleMixin, tuple[tuple[int, Routes | None], ...]]) -> None:
+def set_routes(stacks: Mapping[AdapterModuleMixin, _RouteStack]) -> None:
     """Changes the routes of hosts, and keeps what this changed for this thread."""
     this = threading.get_ident()
     number = None
@@ -730,15 +729,20 @@ def set_routes(stacks: Mapping[AdapterModuleMixin, tuple[tuple[int, Routes | Non
             history = own.get("_route_history")
             if history is None:
                 own["_route_history"] = history = deque(maxlen=_HISTORY)
-            mark = None
-            for thread, routes in reversed(stack):
-                if thread == this:
-                    mark = None if routes is None else routes.mark
-                    break
-            history.append((this, number, mark))
+            history.append((this, number, _mark(_of_this_thread(stack))))
 
 
 _HISTORY = 128
+
+
+def _of_this_thread(stack: _RouteStack) -> list[Routes | None]:
+    this = threading.get_ident()
+    return [routes for thread, routes in stack if thread == this]
+
+
+def _mark(routes: list[Routes | None]) -> object:
+    innermost = routes[-1] if routes else None
+    return None if innermost is None else innermost.mark
 
 
 def _mark_at(history: tuple[tuple[int, int, object], ...], thread: int, number: int) -> object:
@@ -760,8 +764,8 @@ def routes_in_force(host: AdapterModuleMixin) -> Routes | None:
         if any(thread != stack[-1][0] for thread, _ in stack[:-1]):
             raise RuntimeError("a compiled module can be routed by one thread at a time only")
         return stack[-1][1] if stack else None
-    this = threading.get_ident()
-    return next((routes for thread, routes in reversed(stack) if thread == this), None)
+    own = _of_this_thread(stack)
+    return own[-1] if own else None
 
 
 def _freeze_batchnorm(norm: _BatchNorm) -> None:

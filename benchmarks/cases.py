@@ -199,12 +199,14 @@ class Sweep:
     Attributes:
         results: of the cases that were measured.
         failures: what went wrong, beginning with the case's name.
-        dropped: names of the cases that no time was left for.
+        dropped: names of the cases that no time was left for, or that an interrupt came before.
+        interrupted: whether one came.
     """
 
     results: list[Result] = dataclasses.field(default_factory=list)
     failures: list[str] = dataclasses.field(default_factory=list)
     dropped: list[str] = dataclasses.field(default_factory=list)
+    interrupted: bool = False
 
 
 def sweep(
@@ -218,6 +220,8 @@ def sweep(
 ) -> Sweep:
     """Measures cases; one that fails does not keep the others from being measured.
 
+    An interrupt (control-C) ends it: those that were measured are not lost.
+
     Args:
         chosen: the cases.
         wanted: names of the peers.
@@ -228,11 +232,14 @@ def sweep(
     """
     done = Sweep()
     for case in measure.progress(chosen, description):
-        if time.monotonic() + case_seconds > deadline:
+        if done.interrupted or time.monotonic() + case_seconds > deadline:
             done.dropped.append(str(case))
             continue
         try:
             done.results.append(measure_case(case, wanted, **options))
+        except KeyboardInterrupt:
+            done.interrupted = True
+            done.dropped.append(str(case))
         except Exception as error:
             done.failures.append(f"{case}: {type(error).__name__}: {error}")
     return done

@@ -22,6 +22,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def output(text: str) -> pathlib.Path:
+    """A file to write to, from the command line; that it can't be is not said at the end."""
+    path = pathlib.Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        present = path.exists()
+        path.open("a").close()
+        if not present:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"expected a file to write, got {text!r}: {error}") from None
+    return path
+
+
 def read(parser: argparse.ArgumentParser, paths: Sequence[pathlib.Path]) -> list[Document]:
     """Reads the files of results that a command line names."""
     try:
@@ -32,7 +46,7 @@ def read(parser: argparse.ArgumentParser, paths: Sequence[pathlib.Path]) -> list
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Adds the option for a file of results."""
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write results there too")
+    parser.add_argument("--json", type=output, metavar="FILE", help="write results there too")
 
 
 def add_timing(parser: argparse.ArgumentParser, seconds: float) -> None:

@@ -133,8 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     probes = ceilings.Probes()
     best = probes.best(options.sampler).measured()
     chosen = chosen_cases(options)
-    done = [
-        cases.sweep(
+    results, failures = [], []
+    for table in options.table:
+        done = cases.sweep(
             [case for name, case in chosen if name == table],
             [peer for peer in options.peers if peer in TABLE_PEERS[table]],
             description=table,
@@ -144,10 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table=table,
             sampler=options.sampler,
         )
-        for table in options.table
-    ]
-    results = [result for sweep in done for result in sweep.results]
-    failures = [failure for sweep in done for failure in sweep.failures]
+        results += done.results
+        failures += done.failures
+        if done.interrupted:
+            failures.append(f"{table}: interrupted before {done.dropped[0]}")
+            break
     command.finish("cpu", arguments, results, best, options.json, failures=failures)
     if failures:
         command.fail(failures)

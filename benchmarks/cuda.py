@@ -199,7 +199,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--no-compile", action="store_true", help="no cases with torch.compile")
     parser.add_argument(
         "--json",
-        type=pathlib.Path,
+        type=command.output,
         metavar="FILE",
         default=REPOSITORY / "build" / "benchmarks_cuda.json",
         help="where to write results, default: build/benchmarks_cuda.json",
@@ -281,6 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document.results += done.results
         notes[table] = {"failures": done.failures, "dropped": done.dropped}
         document.write(options.json)
+        if done.interrupted:
+            failures.append(f"{table}: interrupted before {done.dropped[0]}")
+            break
     print(f"\nwritten: {options.json}")
     if failures:
         command.fail(failures)

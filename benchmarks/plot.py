@@ -273,7 +273,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(), metavar="FOLDER")
     options = parser.parse_args(arguments)
-    written = draw(command.read(parser, options.files), options.out)
+    documents = command.read(parser, options.files)
+    try:
+        written = draw(documents, options.out)
+    except OSError as error:
+        parser.error(f"--out: expected a folder to write to, got '{options.out}': {error}")
     if not written:
         raise SystemExit("benchmarks plot: no results to draw in these files")
     print(*(f"written: {path}" for path in written), sep="\n")

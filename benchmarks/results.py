@@ -123,7 +123,7 @@ def read(path: pathlib.Path) -> Document:
     """Reads a document.
 
     Raises:
-        ValueError: the file is none, or one of another format.
+        ValueError: the file is none, one of another format, or lacks something of this one.
     """
     try:
         document = json.loads(path.read_text())
@@ -132,8 +132,11 @@ def read(path: pathlib.Path) -> Document:
     found = document.pop("format", None) if isinstance(document, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: expected results of format {FORMAT}, got format {found}")
-    results = [_result(result) for result in document.pop("results")]
-    return Document(results=results, **document)
+    try:
+        results = [_result(result) for result in document.pop("results")]
+        return Document(results=results, **document)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected results of format {FORMAT}: {error!r}") from error
 
 
 def ratios(

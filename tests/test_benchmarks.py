@@ -339,6 +339,29 @@ def test_cases_without_time_left_are_named(probes: ceilings.Probes) -> None:
     assert not done.results
 
 
+def test_an_interrupt_leaves_what_was_measured(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = cases.measure_case
+
+    def interrupted(case: Case, *arguments: Any, **options: Any) -> Result:
+        if case.rows == 4:
+            raise KeyboardInterrupt
+        return measured(case, *arguments, **options)
+
+    monkeypatch.setattr(cases, "measure_case", interrupted)
+    path = tmp_path / "results.json"
+    sizes = "--hidden-size 16 --bottleneck 4 --adapters 1 --rows 8 4 2"
+    options = f"{sizes} --mode forward --dtype fp32 --peers eager --seconds 0 --json {path}"
+    with pytest.raises(SystemExit, match="1"):
+        cpu.main(["--table", "grid", "decode", *options.split()])
+    assert [r.name for r in benchmarks.results.read(path).results] == [
+        "forward fp32 D=16 r=4 T=8 A=1"
+    ]
+    printed = capsys.readouterr().out
+    assert "grid: interrupted before forward fp32 D=16 r=4 T=4 A=1" in printed
+
+
 def test_machine_in_one_line() -> None:
     gpu = {"gpu": "GPU", "capability": "9.0", "multiprocessors": 132, "cuda": "13.0"}
     line = tables.render(document(**gpu), "machine")
@@ -576,6 +599,8 @@ def test_no_subcommand_is_an_error_about_it_alone(capsys: pytest.CaptureFixture[
         (b"no JSON", "expected results as JSON"),
         (b"\xff", "expected results as JSON"),
         (b"[]", "expected results of format 1"),
+        (b'{"format": 1}', "expected results of format 1: KeyError('results')"),
+        (b'{"format": 1, "results": [{}]}', "expected results of format 1: TypeError("),
     ],
 )
 def test_files_that_cant_be_read_are_usage_errors(
@@ -594,6 +619,29 @@ def test_files_that_cant_be_read_are_usage_errors(
     assert message.startswith(f"python -m benchmarks {name}: error: ")
     assert words in message
     assert str(path) in message
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "training", "serving", "memory", "overhead"])
+def test_where_nothing_can_be_written_is_said_at_once(
+    name: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "results.json", tmp_path):
+        with pytest.raises(SystemExit, match="2"):
+            benchmarks.__main__.main([name, "--json", str(path)])
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument --json: expected a file to write, got '{path}'" in message
+
+
+def test_plots_to_no_folder_are_a_usage_error(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "results.json"
+    document(made_up(SMALL, 0.002, eager=0.004)).write(path)
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([str(path), "--out", str(path)])
+    assert "--out: expected a folder to write to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
