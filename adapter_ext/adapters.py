@@ -50,7 +50,7 @@ class UnknownActivationError(KeyError, ValueError):
 
 
 class AdapterModuleUtil(AccessMixin):
-    """What every adapter module has: a strategy, and a say in what of it is trained."""
+    """What every adapter module has: a strategy, and a choice of what is trained."""
 
     adapter_strategy: AbstractAdapterStrategy
 
@@ -192,10 +192,7 @@ class LinearAdapter(nn.Module, AdapterModuleUtil):
         if (
             not self._has_stock_class()
             or "forward" in own
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
+            or any(own[table] for table in HOOK_TABLES)
         ):
             return None
         return self._fused_layers()

@@ -163,7 +163,7 @@ def load_adapters(
         name: the adapter; None means all in the file.
         map_location: the device to read to, None for the CPU; the adapters end up on the device
             and in the type of their hosts.
-        strict: whether the file must hold the very parameters of an adapter. What it holds must
+        strict: whether the file must hold exactly an adapter's parameters. What it holds must
             have their shapes in any case.
         classes: the classes that the file may name besides the registered ones.
 

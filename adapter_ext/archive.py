@@ -20,8 +20,8 @@ from torch import Tensor
 
 from adapter_ext.files import atomic_write
 from adapter_ext.torch_file import (
-    DTYPES,
     FileError,
+    check_dense,
     read_torch_file,
     reading,
     versions_of,
@@ -77,14 +77,11 @@ def write_archive(
             _add(archive, _WEIGHTS, weights)
 
 
-def read_archive(
-    path: str | os.PathLike[str], *, map_location: torch.device | str | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads a model's archive, one of NeMo's included; nothing is extracted, imported or run.
 
     Args:
         path: the file, a tar or a gzipped tar.
-        map_location: device of the tensors; None means the CPU.
 
     Returns:
         The configuration, of plain values with references left unresolved, and the state dict,
@@ -100,10 +97,7 @@ def read_archive(
         file.seek(0)
         members = _gzipped_members(file) if compressed else _members(file)
         config = _parse_config(members[_CONFIG].read(_MAX_CONFIG_BYTES + 1))
-        state = _check_state(read_torch_file(members[_WEIGHTS]))
-    if map_location is not None:
-        state = _changed(state, lambda tensor: tensor.to(map_location))
-    return config, state
+        return config, _check_state(read_torch_file(members[_WEIGHTS]))
 
 
 def _add(archive: tarfile.TarFile, name: str, content: IO[bytes]) -> None:
@@ -132,16 +126,7 @@ def _check_state(state: Any) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise FileError(f"{_WEIGHTS} has {key!r}, of type {type(tensor).__name__}: no tensor")
-        if type(tensor.detach()) is not Tensor:
-            raise FileError(
-                f"{key!r} in {_WEIGHTS} is a {type(tensor).__name__}, of which a file can hold "
-                f"nothing; make it a plain tensor (full_tensor() of one that processes share)"
-            )
-        if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
-            raise FileError(
-                f"{key!r} in {_WEIGHTS} must be a dense tensor of a common type, got "
-                f"{tensor.layout}, {tensor.dtype} on {tensor.device}"
-            )
+        check_dense(tensor, f"{key!r} in {_WEIGHTS}", complex_too=True)
     return with_versions(state, versions_of(state))
 
 

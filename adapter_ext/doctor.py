@@ -52,11 +52,8 @@ def cuda_devices() -> str:
 
 def cpu_model() -> str:
     """The processor's name."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or "unknown"
+    with open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):  # which not all processors' have
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -31,7 +31,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from adapter_ext.adapters import LinearAdapter
 from adapter_ext.names import (
     FILE_CONFIG,
     FILE_PATHS,
@@ -39,10 +38,10 @@ from adapter_ext.names import (
     METADATA,
     check_adapter_name,
 )
-from adapter_ext.registry import class_path
-from adapter_ext.strategies import ResidualAddAdapterStrategy, ReturnResultAdapterStrategy
+from adapter_ext.registry import nemo_path
 from adapter_ext.torch_file import FileError as FileError
 from adapter_ext.torch_file import (
+    check_dense,
     content_of,
     read_torch_file,
     reading,
@@ -62,31 +61,7 @@ _MAX_KEY_PARTS = 256
 _MAX_VALUES = 100_000
 # More than the instructions of a pickle can make: it would have to use the same state often.
 _MAX_ENTRIES = 600_000
-_DTYPES = frozenset(
-    (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-)
 _LAYER = "adapter_layer"
-_NEMO_STRATEGIES = "nemo.core.classes.mixins.adapter_mixin_strategies"
-_NEMO_PATHS = {
-    path: f"{nemo_module}.{cls.__name__}"
-    for cls, nemo_module in (
-        (LinearAdapter, "nemo.collections.common.parts.adapter_modules"),
-        (ResidualAddAdapterStrategy, _NEMO_STRATEGIES),
-        (ReturnResultAdapterStrategy, _NEMO_STRATEGIES),
-    )
-    for path in (class_path(cls), f"adapter_ext.{cls.__name__}")
-}
 
 
 @dataclass(frozen=True)
@@ -327,16 +302,7 @@ def _check_tensor(key: object, tensor: object, where: str) -> None:
     where = f"{where}: parameter {key!r}"
     if not isinstance(tensor, Tensor):
         raise FileError(f"{where} is no tensor but of type {type(tensor).__name__}")
-    if type(tensor.detach()) is not Tensor:
-        raise FileError(
-            f"{where} is a {type(tensor).__name__}, of which a file can hold nothing; make it a "
-            f"plain tensor (full_tensor() of one that processes share)"
-        )
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
-        raise FileError(
-            f"{where} must be a dense tensor of a floating, integer or bool type, got "
-            f"{tensor.layout}, {tensor.dtype} on {tensor.device}"
-        )
+    check_dense(tensor, where)
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
         raise FileError(f"{where} has the shape {tuple(tensor.shape)}, but not that many values")
     if not tensor.isfinite().all():
@@ -585,7 +551,7 @@ def _with_nemo_paths(value: Any) -> Any:
         return value
     result = {key: _with_nemo_paths(item) for key, item in value.items()}
     if "_target_" in result:
-        result["_target_"] = _NEMO_PATHS.get(result["_target_"], result["_target_"])
+        result["_target_"] = nemo_path(result["_target_"])
     return result
 
 

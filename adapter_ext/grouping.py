@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,8 +82,10 @@ class _Member:
         return type(None), ()  # a copy of an adapter is looked at itself
 
 
-# One object for equal ones, so that comparing them takes no time.
-_forms: dict[Form, Form] = {}
+@functools.lru_cache(maxsize=256)
+def _interned(form: Form) -> Form:
+    """One object for equal ones, so that comparing them takes no time."""
+    return form
 
 
 def group(
@@ -158,7 +161,7 @@ def _find(
     form = Form(call.settings, residual, type(adapter), type(strategy))
     if compiling:
         return _Member(form, strategy, None), call.tensors
-    member = _Member(_forms.setdefault(form, form), strategy, adapter._snapshot())
+    member = _Member(_interned(form), strategy, adapter._snapshot())
     if adapter.__dict__.get("adapter_strategy") is strategy:  # else it may change unnoticed
         adapter.__dict__["_member"] = member
     return member, call.tensors

@@ -141,7 +141,7 @@ class AdapterModuleMixin(ABC):
             config[name] = {**plain, "enabled": enabled}
         if "adapter_layer" not in self._modules:
             self.adapter_layer = nn.ModuleDict()
-        self.adapter_layer[name] = adapter
+        self._set_adapters({**self._adapters(), name: adapter})
         self.adapter_name = name
         self._adapter_cfg = config
         self._enable({name: enabled})
@@ -197,11 +197,13 @@ class AdapterModuleMixin(ABC):
         return name, cast(DictConfig, self.adapter_cfg)
 
     def _remove_module(self, name: str) -> None:
-        del self.adapter_layer[name]
+        self._set_adapters({key: a for key, a in self._adapters().items() if key != name})
 
     def _rename_module(self, old: str, new: str) -> None:
-        adapters = {new if name == old else name: a for name, a in self._adapters().items()}
-        # At once: another thread may be running those that are not renamed.
+        self._set_adapters({new if key == old else key: a for key, a in self._adapters().items()})
+
+    def _set_adapters(self, adapters: dict[str, nn.Module]) -> None:
+        # At once, by another dict: another thread may be running those that stay, or list them.
         self.adapter_layer.__dict__["_modules"] = adapters
 
     def set_accepted_adapter_types(self, adapter_types: list[type | str]) -> None:
@@ -267,10 +269,14 @@ class AdapterModuleMixin(ABC):
         if ":" in name:
             module_name, _, adapter_name = name.partition(":")
             return module_name, adapter_name
+        return self._metadata().get(name) or "", name
+
+    def _metadata(self) -> dict[str, str]:
+        """The modules of adapters, by name, as they were given; those of some are not noted."""
         config = getattr(self, "adapter_cfg", None) or {}
         settings = config.get(self.adapter_global_cfg_key) or {}
         metadata = settings.get(self.adapter_metadata_cfg_key) or {}
-        return (metadata.get("modules") or {}).get(name) or "", name
+        return dict(metadata.get("modules") or {})
 
     def is_adapter_available(self) -> bool:
         """Whether there is any adapter, enabled or not."""
@@ -547,9 +553,8 @@ class AdapterModuleMixin(ABC):
         if layer is None:
             self._modules.pop("adapter_layer", None)
         else:
-            # At once: another thread may be running these.
-            layer.__dict__["_modules"] = adapters
             self._modules["adapter_layer"] = layer
+            self._set_adapters(adapters)
         self.__dict__.update(kept)
         for key in _STATE:
             if key not in kept:

@@ -43,7 +43,7 @@ class MissingAdapterError(KeyError):
 
 
 class AdapterModelPTMixin(AdapterModuleMixin):
-    """Gives a model, a :class:`adapter_ext.ModelPT`, adapters in its submodules.
+    """Gives a :class:`adapter_ext.ModelPT` adapters in its submodules.
 
     ::
 
@@ -213,11 +213,6 @@ class AdapterModelPTMixin(AdapterModuleMixin):
 
     def _known_adapters(self) -> list[str]:
         return [str(key) for key in self.adapter_cfg if key != self.adapter_global_cfg_key]
-
-    def _metadata(self) -> dict[str, str]:
-        settings = self.adapter_cfg.get(self.adapter_global_cfg_key) or {}
-        metadata = settings.get(self.adapter_metadata_cfg_key) or {}
-        return dict(metadata.get("modules") or {})
 
     def _require(self, name: str) -> str:
         """The bare name of an adapter that there is, of a plain or a qualified one."""
@@ -439,7 +434,7 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             name: the adapter, with or without its place; None means all in the file.
             map_location: the device to read to, None for the CPU; the adapters end up on the device
                 and in the type of the modules that they are added to.
-            strict: whether the file must hold the very parameters of an adapter. What it holds must
+            strict: whether the file must hold exactly an adapter's parameters. What it holds must
                 have their shapes in any case.
             classes: the classes that the file may name besides the registered ones.
 

@@ -9,9 +9,9 @@ eager mode the others take two to three times as long for a small call.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from adapter_ext import _library, reference  # noqa: F401  (_library loads the o
 from adapter_ext.types import AdapterWeights, Routing
 
 __all__ = ["linear_adapter", "route"]
+
+_Key = TypeVar("_Key")
 
 _native = torch.ops.adapter_ext
 _inference = _native.linear_adapter.default
@@ -196,24 +198,6 @@ def linear_adapter(
     return y, aux
 
 
-def raw_forward_arguments(
-    x: Tensor, weights: AdapterWeights, routing: Routing | None = None, **options: Any
-) -> tuple[Any, ...]:
-    """The positional arguments of the native ops linear_adapter and linear_adapter_forward.
-
-    Args:
-        x: as in :func:`linear_adapter`.
-        weights: likewise.
-        routing: likewise.
-        options: the keyword arguments of :func:`linear_adapter`.
-
-    Returns:
-        The arguments, without those at the end that have their default value.
-    """
-    defaults = linear_adapter.__kwdefaults__ or {}
-    return _arguments(x, weights, routing, *{**defaults, **options}.values())
-
-
 def _flatten(weights: AdapterWeights) -> list[Tensor]:
     """The weights as the native ops take them, in one list; a stack is a list of one tensor."""
     try:
@@ -377,7 +361,7 @@ def _operand_type(x: Tensor, flat: list[Tensor], compute_dtype: torch.dtype | No
             f"{type(compute_dtype).__name__} {compute_dtype!r}"
         )
     if compute_dtype in _OPERAND_TYPES and flat and flat[2].dtype != x.dtype:
-        return _OPERAND_TYPES[compute_dtype]  # of 16-bit x, too: weights of float32 are rounded
+        return _OPERAND_TYPES[compute_dtype]  # of 16-bit x, too: CUDA rounds weights of float32
     if compute_dtype is None or compute_dtype == x.dtype:
         return _TF32 if x.is_cuda and x.dtype == torch.float32 and _allows_tf32() else _NOT_ROUNDED
     if compute_dtype == torch.float32 and x.dtype.itemsize == 2:
@@ -401,8 +385,11 @@ _allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _num_adapters(flat: list[Tensor]) -> int:
-    stacked = len(flat) == 4 and flat[2].ndim == 3
-    return flat[2].shape[0] if stacked else len(flat) // 4
+    return flat[2].shape[0] if _is_stack(flat) else len(flat) // 4
+
+
+def _is_stack(flat: list[Tensor]) -> bool:
+    return len(flat) == 4 and flat[2].ndim == 3
 
 
 def _l2_lambdas(l2_lambda: float | Tensor, x: Tensor, flat: list[Tensor]) -> Tensor:
@@ -451,8 +438,7 @@ def _forward_fake(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     rows = math.prod(x.shape[:-1])
-    down = weights[len(weights) // 2 : len(weights) * 3 // 4]
-    bottleneck = max((weight.shape[-2] for weight in down), default=0)
+    bottleneck = max((down.shape[-2] for down in _split(weights)[2]), default=0)
     return (
         *_inference_fake(x, weights, order, offsets, *options),
         x.new_empty(rows * (bottleneck + 2), dtype=_accumulate_dtype(x)),
@@ -557,30 +543,34 @@ def _by_reference(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """The native ops' arguments, computed by the reference."""
-    fields = _split(weights)
-    stacked = len(fields[0]) == 1 and fields[2][0].ndim == 3
+    stacked = _is_stack(weights)
     options = _Options(*rest)
+    compute_dtype = None
+    if options.compute_type in _OPERAND_TYPES.values():
+        compute_dtype = _key_of(options.compute_type, _OPERAND_TYPES)
+        if compute_dtype == x.dtype and not x.is_cuda:
+            compute_dtype = None  # the CPU does not round weights of float32 to the type of x
     with torch.autocast(x.device.type, enabled=False):
         return reference.linear_adapter(
             x,
-            AdapterWeights(*(field[0] if stacked else field for field in fields)),
+            AdapterWeights(*(field[0] if stacked else field for field in _split(weights))),
             _routing_from(order, offsets),
-            activation=next(k for k, v in _ACTIVATIONS.items() if v == options.activation),
-            norm_position=next(k for k, v in _NORM_POSITIONS.items() if v == options.norm_position),
+            activation=_key_of(options.activation, _ACTIVATIONS),
+            norm_position=_key_of(options.norm_position, _NORM_POSITIONS),
             eps=options.eps,
             dropout=options.dropout,
             stochastic_depth=options.stochastic_depth,
-            stochastic_depth_mode=next(
-                k for k, v in _DEPTH_MODES.items() if v == options.depth_mode
-            ),
+            stochastic_depth_mode=_key_of(options.depth_mode, _DEPTH_MODES),
             l2_lambda=0.0 if options.l2_lambda is None else options.l2_lambda,
             residual=options.residual,
             training=True,
             seed=options.seed,
-            compute_dtype=next(
-                (k for k, v in _OPERAND_TYPES.items() if v == options.compute_type), None
-            ),
+            compute_dtype=compute_dtype,
         )
+
+
+def _key_of(code: int, codes: Mapping[_Key, int]) -> _Key:
+    return next(key for key, value in codes.items() if value == code)
 
 
 def _routing_from(order: Tensor | None, offsets: Tensor | None) -> Routing | None:

@@ -10,8 +10,8 @@
         adapter_ext.optim.mean_per_adapter(losses, names).backward()
         optimizer.step()
 
-An optimizer of PyTorch leaves a parameter alone whose gradient is None: its moments, its step count
-and its weight decay too. All that is done here is to make that so for adapters without samples, and
+PyTorch's optimizers skip parameters whose gradient is None: moments, step count and weight decay
+too. All that is done here is to make that so for adapters without samples, and
 to give each adapter a parameter group of its own. The arithmetic is PyTorch's.
 """
 

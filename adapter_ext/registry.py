@@ -58,6 +58,13 @@ def register_target(cls: _Class, *aliases: str) -> _Class:
     return cls
 
 
+def nemo_path(path: str) -> str:
+    """NeMo's own path of a class, for files that NeMo is to read; path itself if it has none."""
+    cls = _targets.get(path)
+    paths = (alias for alias, of in _targets.items() if of is cls and alias.startswith("nemo."))
+    return path if cls is None else next(paths, path)
+
+
 # The further classes that a file's configurations may name; None outside of targets_of_a_file.
 _classes_for_file: ContextVar[Mapping[str, type] | None] = ContextVar(
     "_classes_for_file", default=None

@@ -309,12 +309,7 @@ def is_stock_class(kind: type) -> bool:
 def _hooks_are_stock(strategy: ResidualAddAdapterStrategy) -> bool:
     """Whether the methods that the stock forward calls are the stock ones."""
     own = strategy.__dict__
-    return (
-        _class_hooks_are_stock(type(strategy))
-        and "compute_output" not in own
-        and "apply_stochastic_depth" not in own
-        and "compute_auxiliary_losses" not in own
-    )
+    return _class_hooks_are_stock(type(strategy)) and not any(name in own for name in METHODS[1:])
 
 
 def _class_hooks_are_stock(kind: type[ResidualAddAdapterStrategy]) -> bool:

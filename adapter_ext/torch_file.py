@@ -42,8 +42,7 @@ _STORAGE_DTYPES = {
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.ComplexDoubleStorage": torch.complex128,
 }
-DTYPES = frozenset(_STORAGE_DTYPES.values())
-"""Types of the tensors that can be read."""
+_DTYPES = frozenset(_STORAGE_DTYPES.values())
 
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
@@ -236,6 +235,30 @@ def with_versions(
     if versions is not None:
         vars(state)["_metadata"] = {path: {"version": versions[path]} for path in versions}
     return state
+
+
+def check_dense(tensor: Tensor, label: str, *, complex_too: bool = False) -> None:
+    """Checks that a file can hold a tensor: a plain and dense one of a type that can be read.
+
+    Args:
+        tensor: the tensor.
+        label: what to call it.
+        complex_too: whether it may be complex.
+
+    Raises:
+        FileError: if it can't.
+    """
+    if type(tensor.detach()) is not Tensor:
+        raise FileError(
+            f"{label} is a {type(tensor).__name__}, of which a file can hold nothing; make it a "
+            f"plain tensor (full_tensor() of one that processes share)"
+        )
+    known = tensor.dtype in _DTYPES and (complex_too or not tensor.is_complex())
+    if tensor.layout is not torch.strided or tensor.is_meta or not known:
+        raise FileError(
+            f"{label} must be a dense tensor of a floating, {'complex, ' if complex_too else ''}"
+            f"integer or bool type, got {tensor.layout}, {tensor.dtype} on {tensor.device}"
+        )
 
 
 def _checked_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:

@@ -32,7 +32,9 @@ def output(text: str) -> pathlib.Path:
         if not present:
             path.unlink()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"expected a file to write, got {text!r}: {error}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected a file to write, got {text!r}: {error}"
+        ) from None
     return path
 
 

@@ -7,7 +7,6 @@ import datetime
 import functools
 import importlib
 import os
-import pathlib
 import platform
 import random
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from adapter_ext import _C
+from adapter_ext import _C, doctor
 
 _T = TypeVar("_T")
 
@@ -173,7 +172,7 @@ def _allocator_variables() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """What a reader needs to know about the machine that numbers come from, but for its GPU."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": doctor.cpu_model(),
         "cpu_capability": _C.cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -213,14 +212,6 @@ def gpu() -> dict[str, Any]:
         ).stdout
         facts.update(zip(names, (value.strip() for value in line.split(",")), strict=False))
     return facts
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def progress(items: Sequence[_T], description: str) -> Iterable[_T]:

@@ -4,6 +4,7 @@
 // the memory of the results beforehand.
 #pragma once
 
+#include <limits>
 #include <list>
 #include <tuple>
 
@@ -43,9 +44,25 @@ class LinearAdapterArguments {
     check_code("norm_position", norm_position, 0, 1);
     check_code("depth_mode", depth_mode, 0, 1);
     check_code("compute_type", compute_type, -1, kTf32);
+    if (compute_type == static_cast<int64_t>(DataType::kFloat64) &&
+        p_.data_type != DataType::kFloat64) {
+      fail({kOp, "compute_type"}, "expected float64 with x of float64 alone, got x of ",
+           type_text(x.scalar_type()));
+    }
+    const auto check_chance = [](const char* name, double probability) {
+      if (!(probability >= 0.0 && probability <= 1.0)) {
+        fail({kOp, name}, "expected a value in [0, 1], got ", probability);
+      }
+    };
+    check_chance("dropout", dropout);
+    check_chance("stochastic_depth", stochastic_depth);
+    if (!(eps > 0.0 && eps < std::numeric_limits<double>::infinity())) {
+      fail({kOp, "eps"}, "expected a finite value above 0, got ", eps);
+    }
     if (compute_type == kTf32) {
       if (p_.data_type != DataType::kFloat32 || !is_cuda(x)) {
-        fail({kOp, "compute_type"}, "expected TF32 with x of float32 on a CUDA device alone");
+        fail({kOp, "compute_type"}, "expected TF32 with x of float32 on a CUDA device alone, got ",
+             type_text(x.scalar_type()), " on ", device_text(device_));
       }
       p_.tf32 = true;
       compute_type = -1;
@@ -86,9 +103,6 @@ class LinearAdapterArguments {
   const Device& device() const { return device_; }
   ScalarType accumulate_type() const { return accumulate_type_; }
   bool stacked() const { return p_.adapters.list == nullptr; }
-  int64_t bottleneck(int64_t a) const {
-    return stacked() ? p_.hidden_stride : views_[a].bottleneck;
-  }
 
  private:
   // `weights` holds norm_weight, norm_bias, down and up, as many tensors of each, in this order.

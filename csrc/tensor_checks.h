@@ -55,7 +55,12 @@ inline const char* type_text(ScalarType type) {
     case ScalarType::Half: return "float16";
     case ScalarType::Long: return "int64";
     case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
     case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::ComplexFloat: return "complex64";
     default: return "another type";
   }
 }
@@ -80,9 +85,16 @@ inline Device device(const Tensor& tensor) {
   return {device_type(tensor), static_cast<int32_t>(tensor.get_device_index())};
 }
 
+inline std::string device_text(const Device& device) {
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  const bool cuda = device.type == aoti_torch_device_type_cuda();
+  return concatenate(cuda ? "cuda" : concatenate("device type ", device.type), ":", device.index);
+}
+
 inline void check_device(const ArgumentName& name, const Tensor& tensor, const Device& expected) {
   if (device(tensor) != expected) {
-    fail(name, "expected a tensor on the device of x, got one on another device");
+    fail(name, "expected a tensor on the device of x, ", device_text(expected), ", got one on ",
+         device_text(device(tensor)));
   }
 }
 
@@ -116,7 +128,11 @@ inline void check_shape(const ArgumentName& name, const Tensor& tensor,
 }
 
 inline void check_contiguous(const ArgumentName& name, const Tensor& tensor) {
-  if (!tensor.is_contiguous()) fail(name, "expected a contiguous tensor");
+  if (tensor.is_contiguous()) return;
+  std::ostringstream strides;
+  for (int64_t i = 0; i < tensor.dim(); ++i) strides << (i ? ", " : "") << tensor.stride(i);
+  fail(name, "expected a contiguous tensor, got shape ", shape_text(tensor), " with strides [",
+       strides.str(), "]");
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from op_testing import make_weights, replace
+from op_testing import make_weights, raw_forward_arguments, replace
 from torch import Tensor
 
 import adapter_ext
-from adapter_ext import AdapterWeights, ops
+from adapter_ext import AdapterWeights
 
 D = 16
 A = 3
@@ -381,7 +381,7 @@ def test_a_count_of_numpys_is_a_count() -> None:
 def test_half_a_routing() -> None:
     """The op took it for none, and gave rows without an adapter the one there is."""
     x, one = torch.randn(4, D), AdapterWeights(*(w[:1] for w in weights()))
-    arguments = list(ops.raw_forward_arguments(x, one, routing(4, num_adapters=1)))
+    arguments = list(raw_forward_arguments(x, one, routing(4, num_adapters=1)))
     for missing in (2, 3):
         some = [None if i == missing else value for i, value in enumerate(arguments)]
         with pytest.raises(RuntimeError, match=r"linear_adapter: routing: expected both"):
@@ -390,7 +390,7 @@ def test_half_a_routing() -> None:
 
 def test_tensors_of_another_device_in_the_backward() -> None:
     x = torch.randn(4, 2, D)
-    arguments = list(ops.raw_forward_arguments(x, weights(), routing(4)))
+    arguments = list(raw_forward_arguments(x, weights(), routing(4)))
     y, _, saved = torch.ops.adapter_ext.linear_adapter_forward(*arguments)
     needed = [1] * (1 + len(arguments[1]))
     with pytest.raises(RuntimeError, match=r"saved: expected a tensor on the device of x"):
@@ -408,10 +408,37 @@ def test_forged_routing_cannot_crash(name: str) -> None:
 def test_gradient_of_another_shape_in_the_backward() -> None:
     """As many elements in other rows were taken for it."""
     x = torch.randn(4, 2, D)
-    arguments = list(ops.raw_forward_arguments(x, weights(), routing(4)))
+    arguments = list(raw_forward_arguments(x, weights(), routing(4)))
     y, _, saved = torch.ops.adapter_ext.linear_adapter_forward(*arguments)
     needed = [1] * (1 + len(arguments[1]))
     with pytest.raises(RuntimeError, match=r"grad_y: expected the shape of x, \[4, 2, .*\[2, 4, "):
         torch.ops.adapter_ext.linear_adapter_backward(
             y.transpose(0, 1), None, *arguments, saved, needed
         )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("dropout", math.nan, r"dropout: expected a value in \[0, 1\], got -?nan"),
+        ("dropout", -0.5, r"dropout: expected a value in \[0, 1\], got -0.5"),
+        ("stochastic_depth", 2.0, r"stochastic_depth: expected a value in \[0, 1\], got 2"),
+        ("eps", -1.0, "eps: expected a finite value above 0, got -1"),
+        ("eps", math.inf, "eps: expected a finite value above 0, got inf"),
+        (
+            "compute_type",
+            0,
+            "compute_type: expected float64 with x of float64 alone, got",
+        ),
+        ("compute_type", 4, "compute_type: expected TF32 with x of float32 on a CUDA device"),
+    ],
+)
+def test_the_native_op_checks_numbers(option: str, value: float, words: str) -> None:
+    """They were read as they came, and float64 products of float32 x were rounded to float16."""
+    order, offsets = routing(4)[1:]
+    flat = [w for field in weights() for w in field]
+    options = adapter_ext.ops._Options(seed=torch.zeros(1, dtype=torch.int64))
+    arguments = (torch.randn(4, 2, D), flat, order, offsets)
+    torch.ops.adapter_ext.linear_adapter(*arguments, *options)
+    with pytest.raises(RuntimeError, match=f"linear_adapter: {words}"):
+        torch.ops.adapter_ext.linear_adapter(*arguments, *options._replace(**{option: value}))

@@ -764,7 +764,10 @@ def test_an_adapter_that_goes_within_its_context_is_an_error(training, indices, 
 
 
 def test_threads_serve_while_another_adapter_changes(block):
-    """Renaming it, or a failure to add one, emptied the table of adapters for a moment."""
+    """Renaming it, or a failure to add one, emptied the table of adapters for a moment.
+
+    Adding and removing changed it while others went through it.
+    """
     x, names = rand(2, D), ["a1", "x1"]
     block.eval()
     with block.route_adapters(names):
@@ -777,6 +780,9 @@ def test_threads_serve_while_another_adapter_changes(block):
             with torch.inference_mode(), block.route_adapters(names):
                 if not torch.allclose(block(x), want):
                     wrong.append(1)
+            block.list_adapters()
+            block.adapter_losses()
+            block.state_dict()
 
     def guarded():
         try:
@@ -792,6 +798,8 @@ def test_threads_serve_while_another_adapter_changes(block):
         for _ in range(300):
             block.rename_adapter("a", "z")
             block.rename_adapter("z", "a")
+            block.add_adapter("b", config())
+            block.remove_adapter("b")
             with pytest.raises(ValueError, match="activation"):
                 adapter_ext.add_adapter(block, "bad", config(activation="none"))
     finally:

@@ -16,6 +16,11 @@ enum PhiloxStream : uint32_t { kDropoutStream = 0, kDepthStream = 1 };
 struct PhiloxKey {
   uint32_t low;
   uint32_t high;
+
+  ADAPTER_EXT_HOST_DEVICE void advance() {  // to that of the next round
+    low += 0x9E3779B9u;
+    high += 0xBB67AE85u;
+  }
 };
 
 ADAPTER_EXT_HOST_DEVICE PhiloxKey philox_key(int64_t seed) {
@@ -41,8 +46,7 @@ ADAPTER_EXT_HOST_DEVICE void philox(uint32_t (&c)[4], PhiloxKey key) {
 #endif
   for (int round = 0; round < 10; ++round) {
     philox_round(c, key);
-    key.low += 0x9E3779B9u;
-    key.high += 0xBB67AE85u;
+    key.advance();
   }
 }
 
@@ -54,6 +58,20 @@ ADAPTER_EXT_HOST_DEVICE uint64_t drop_threshold(double probability) {
   const double fraction = scaled - static_cast<double>(floor);
   return floor + ((fraction > 0.5 || (fraction == 0.5 && (floor & 1))) ? 1 : 0);
 }
+
+// A chance to be dropped: by a random word below the threshold.
+struct Chance {
+  uint64_t threshold;
+  double kept_scale;  // of what is kept: 1 / keep probability
+
+  ADAPTER_EXT_HOST_DEVICE Chance(double probability = 0.0)
+      : threshold(drop_threshold(probability)),
+        kept_scale(probability < 1.0 ? 1.0 / (1.0 - probability) : 0.0) {}
+  // The seed may be null where there is nothing to draw.
+  ADAPTER_EXT_HOST_DEVICE PhiloxKey key(const int64_t* seed) const {
+    return threshold > 0 ? philox_key(*seed) : PhiloxKey{};
+  }
+};
 
 // Whether stochastic depth keeps a unit: an adapter, or a sample.
 ADAPTER_EXT_HOST_DEVICE bool depth_keeps(int64_t unit, PhiloxKey key, uint64_t threshold) {

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#include "common/macros.h"
 
 namespace adapter_ext {
 
@@ -13,6 +16,10 @@ enum class DataType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 constexpr int64_t size_of(DataType type) {
   return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
 }
+
+// The type in which x of type X is accumulated.
+template <class X>
+using Accumulate = std::conditional_t<std::is_same_v<X, double>, double, float>;
 
 enum class Activation : int32_t { kIdentity, kHardtanh, kRelu, kSelu, kSwish, kGelu, kGeluTanh };
 enum class NormPosition : int32_t { kPre, kPost };
@@ -97,6 +104,13 @@ struct LinearAdapterBackward : LinearAdapterProblem {
   void* grad_x;                       // [rows, D]; null: not wanted
   const AdapterGradients* gradients;  // [adapters]
 };
+
+// Whether the operands of products are rounded to a 16-bit type that is not x's.
+ADAPTER_EXT_HOST_DEVICE bool rounds_operands(const LinearAdapterProblem& problem) {
+  return problem.operand_type != problem.data_type &&
+         (problem.operand_type == DataType::kBFloat16 ||
+          problem.operand_type == DataType::kFloat16);
+}
 
 // Memory of a result, which the kernels write whole.
 struct Memory {

@@ -5,10 +5,8 @@
 
 #if defined(ADAPTER_EXT_X86_LEVELS)
 #include <cpuid.h>
-#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 #include "cpu/linear_adapter.h"
@@ -65,12 +63,8 @@ bool has_amx_bf16() {
   unsigned enabled, high;
   __asm__("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
   if ((enabled & tile_state) != tile_state) return false;
-#if defined(__linux__)
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#else
-  return false;
-#endif
 }
 #endif
 

@@ -302,7 +302,7 @@ struct OutputGradient {
   Vector<C> kappa;
 
   OutputGradient(const LinearAdapterBackward& p, const Plan& plan, const Segment& segment)
-      : scale(splat<C>(static_cast<C>(plan.depth_scale))),
+      : scale(splat<C>(static_cast<C>(plan.depth.kept_scale))),
         kappa(splat<C>(static_cast<C>(penalty_slope(p, segment)))) {}
 
   static double penalty_slope(const LinearAdapterBackward& p, const Segment& segment) {
@@ -366,7 +366,7 @@ class RowPass {
         block_columns_(pre_ ? kColumnBlock : width_),
         stride_(padded<C>(block_columns_) + kRowPadding<C>),
         gradient_stride_(pre_ ? steps<Product>(block_columns_) + kRowPadding<C> : stride_),
-        hidden_stride_(hidden_stride(problem)) {
+        hidden_stride_(scratch_stride<C>(problem)) {
     const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
     const int64_t up_size = Weights::size(width_, r);
     const int64_t up_transposed_size = Weights::size(r, width_);
@@ -403,7 +403,7 @@ class RowPass {
   // A task's share of the bottleneck of a segment: dz of all rows, c1 and c0; then a share of the
   // rows, for what those are needed for. The tasks share so many elements.
   static int64_t shared_elements(const LinearAdapterBackward& problem) {
-    return (kMostBlockRows + 2) * hidden_stride(problem);
+    return (kMostBlockRows + 2) * scratch_stride<C>(problem);
   }
   void run_gradient(const Segment& segment, int64_t task, int64_t tasks, C* shared) {
     if (!Wanted(p_, segment.adapter, pre_).anything()) return;
@@ -429,10 +429,6 @@ class RowPass {
   }
 
  private:
-  static int64_t hidden_stride(const LinearAdapterBackward& problem) {
-    return padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
-  }
-
   int64_t row(const Segment& segment, int64_t i) const {
     return Plan::row(segment, p_.routing.rows_per_sample, i);
   }
@@ -803,8 +799,8 @@ class ColumnPass {
     norm_weight_sum_ = own_sums + 2 * matrix_size;
     norm_bias_sum_ = norm_weight_sum_ + sum_stride_;
     const auto shifted = [&](const void* matrix, int64_t elements) {
-      const int64_t size = p_.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
-      return static_cast<const void*>(static_cast<const char*>(matrix) + elements * size);
+      return static_cast<const void*>(static_cast<const char*>(matrix) +
+                                      elements * size_of(p_.weight_type));
     };
     const int64_t tile = column / tiles_.columns;
     if (prepared_adapter_ != segment.adapter || prepared_tile_ != tile) {
@@ -1189,30 +1185,80 @@ class ColumnPass {
 };
 
 // Gradients of adapters without active rows are zero.
-template <class X>
-void clear_unused(const LinearAdapterBackward& p, const Plan& plan) {
-  const size_t size = p.weight_type == DataType::kFloat32 ? 4 : sizeof(X);
+void clear_unused(const LinearAdapterBackward& p, const Plan& plan, const Parallel& parallel) {
+  std::vector<int64_t> unused;
   auto segment = plan.active.segments.begin();
   for (int64_t a = 0; a < p.routing.adapters; ++a) {
     if (segment != plan.active.segments.end() && segment->adapter == a) {
       ++segment;
-      continue;
+    } else {
+      unused.push_back(a);
     }
-    const AdapterGradients& g = p.gradients[a];
-    const int64_t r = adapter_view(p.adapters, a).bottleneck;
-    const auto clear = [&](void* to, int64_t count) {
-      if (to) std::memset(to, 0, static_cast<size_t>(count) * size);
-    };
-    clear(g.norm_weight, p.hidden_size);
-    clear(g.norm_bias, p.hidden_size);
-    clear(g.down, r * p.hidden_size);
-    clear(g.up, r * p.hidden_size);
   }
+  const int64_t count = static_cast<int64_t>(unused.size()), size = size_of(p.weight_type);
+  const int64_t most = 2 * (p.hidden_stride + 1) * p.hidden_size * size;
+  const int64_t tasks = std::min(memory_tasks(count * most, parallel), std::max<int64_t>(count, 1));
+  parallel(tasks, [&](int64_t task) {
+    for (int64_t i = task * count / tasks; i < (task + 1) * count / tasks; ++i) {
+      const AdapterGradients& g = p.gradients[unused[static_cast<size_t>(i)]];
+      const int64_t r = adapter_view(p.adapters, unused[static_cast<size_t>(i)]).bottleneck;
+      const auto clear = [&](void* to, int64_t elements) {
+        if (to) std::memset(to, 0, static_cast<size_t>(elements * size));
+      };
+      clear(g.norm_weight, p.hidden_size);
+      clear(g.norm_bias, p.hidden_size);
+      clear(g.down, r * p.hidden_size);
+      clear(g.up, r * p.hidden_size);
+    }
+  });
 }
 
-// Both passes over the active rows.
+// Both passes over the active rows, each task some adapters whole, so that their weights and rows
+// are still in its cache for the second pass. The longest adapter has `longest` rows.
 template <class X, class Product>
-void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Parallel& parallel) {
+void run_by_adapters(const LinearAdapterBackward& problem, const Plan& plan, int64_t longest,
+                     bool streamed, const Parallel& parallel) {
+  using C = Accumulate<X>;
+  const std::vector<Segment>& segments = plan.active.segments;
+  const int64_t count = static_cast<int64_t>(segments.size()), fixed = weight_rows(problem);
+  const Tiles<C> tiles(problem, 1);
+  const Ranges<C, Product> ranges(problem, tiles, true);
+  const bool carries = ranges.carry && longest > ranges.most_rows;
+  const int64_t tasks = std::min(parallel.threads, count);
+  parallel(tasks, [&](int64_t task) {
+    [[maybe_unused]] const typename Product::Setup setup;
+    RowResults<C, Product> results(
+        problem, std::min(longest, ranges.most_rows), 1,
+        carries ? tiles.count * tiles.sum_size(problem.hidden_stride) : 0);
+    RowPass<X, Product> rows(problem, plan, results);
+    ColumnPass<X, Product> columns(problem, plan, results, tiles, streamed);
+    const auto is_own = [&](const Segment& segment) {
+      const int64_t before = segment.first_position + fixed * (&segment - segments.data());
+      const int64_t middle = 2 * before + segment.rows + fixed;
+      return middle * tasks / (2 * (plan.active.rows + fixed * count)) == task;
+    };
+    auto segment = std::find_if(segments.begin(), segments.end(), is_own);
+    while (segment != segments.end()) {
+      const auto next = std::find_if(segment + 1, segments.end(), is_own);
+      ranges.for_each({&*segment, 1}, results.range, [&] {
+        const Segment& part = results.range.segments[0];
+        if (!part.is_last()) {
+          results.next = segment->part(part.first_row + part.rows, ranges.part_rows);
+        } else {
+          results.next = next != segments.end() ? *next : Segment{};
+        }
+        rows.run(0, 1);
+        columns.run(0, 1);
+      });
+      segment = next;
+    }
+  });
+}
+
+// Both passes over the active rows, a range of rows at a time, which all tasks share.
+template <class X, class Product>
+void run_by_ranges(const LinearAdapterBackward& problem, const Plan& plan, int64_t longest,
+                   bool streamed, const Parallel& parallel) {
   using C = Accumulate<X>;
   using Setup = typename Product::Setup;
   using Results = RowResults<C, Product>;
@@ -1220,47 +1266,6 @@ void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Pa
   using Columns = ColumnPass<X, Product>;
   const std::vector<Segment>& segments = plan.active.segments;
   const int64_t count = static_cast<int64_t>(segments.size()), threads = parallel.threads;
-  int64_t longest = 0;
-  for (const Segment& segment : segments) longest = std::max(longest, segment.rows);
-  const bool many = count >= 2 * threads && longest * threads <= plan.active.rows;
-  const bool streamed =
-      problem.grad_x && streams<X>(problem.grad_x, plan.active.rows, problem.hidden_size);
-  if (threads == 1 || many) {
-    // Each task does some adapters whole, so that their weights and rows are still in its cache for
-    // the second pass.
-    const Tiles<C> tiles(problem, 1);
-    const Ranges<C, Product> ranges(problem, tiles, true);
-    const bool carries = ranges.carry && longest > ranges.most_rows;
-    const int64_t tasks = std::min(threads, count), fixed = weight_rows(problem);
-    parallel(tasks, [&](int64_t task) {
-      [[maybe_unused]] const Setup setup;
-      Results results(problem, std::min(longest, ranges.most_rows), 1,
-                      carries ? tiles.count * tiles.sum_size(problem.hidden_stride) : 0);
-      Rows rows(problem, plan, results);
-      Columns columns(problem, plan, results, tiles, streamed);
-      const auto is_own = [&](const Segment& segment) {
-        const int64_t before = segment.first_position + fixed * (&segment - segments.data());
-        const int64_t middle = 2 * before + segment.rows + fixed;
-        return middle * tasks / (2 * (plan.active.rows + fixed * count)) == task;
-      };
-      auto segment = std::find_if(segments.begin(), segments.end(), is_own);
-      while (segment != segments.end()) {
-        const auto next = std::find_if(segment + 1, segments.end(), is_own);
-        ranges.for_each({&*segment, 1}, results.range, [&] {
-          const Segment& part = results.range.segments[0];
-          if (!part.is_last()) {
-            results.next = segment->part(part.first_row + part.rows, ranges.part_rows);
-          } else {
-            results.next = next != segments.end() ? *next : Segment{};
-          }
-          rows.run(0, 1);
-          columns.run(0, 1);
-        });
-        segment = next;
-      }
-    });
-    return;
-  }
   const Tiles<C> tiles(problem, threads);
   const Ranges<C, Product> ranges(problem, tiles, false);
   const bool carries = longest > ranges.most_rows;
@@ -1298,20 +1303,32 @@ void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Pa
   });
 }
 
+template <class X, class Product>
+void run_passes(const LinearAdapterBackward& problem, const Plan& plan, const Parallel& parallel) {
+  int64_t longest = 0;
+  for (const Segment& segment : plan.active.segments) longest = std::max(longest, segment.rows);
+  const int64_t count = static_cast<int64_t>(plan.active.segments.size());
+  const bool many = count >= 2 * parallel.threads && longest * parallel.threads <= plan.active.rows;
+  const bool streamed =
+      problem.grad_x && streams<X>(problem.grad_x, plan.active.rows, problem.hidden_size);
+  if (parallel.threads == 1 || many) {
+    run_by_adapters<X, Product>(problem, plan, longest, streamed, parallel);
+  } else {
+    run_by_ranges<X, Product>(problem, plan, longest, streamed, parallel);
+  }
+}
+
 template <class X>
 void backward(const LinearAdapterBackward& problem, const Parallel& parallel) {
   Plan plan;
   plan.build(problem);
-  clear_unused<X>(problem, plan);
+  clear_unused(problem, plan, parallel);
   if (problem.grad_x) {
-    const int64_t sample_size = problem.routing.rows_per_sample * problem.hidden_size;
-    for (const Samples& samples : plan.untouched) {
-      for (int64_t i = 0; i < samples.count; ++i) {
-        const X* from = static_cast<const X*>(problem.grad_y) + samples[i] * sample_size;
-        std::copy(from, from + sample_size,
-                  static_cast<X*>(problem.grad_x) + samples[i] * sample_size);
-      }
-    }
+    for_each_untouched(problem, plan, parallel, [&](int64_t row, int64_t count) {
+      const int64_t width = problem.hidden_size;
+      std::copy_n(static_cast<const X*>(problem.grad_y) + row * width, count * width,
+                  static_cast<X*>(problem.grad_x) + row * width);
+    });
   }
   if (plan.active.rows == 0) return;
   with_product<X>(problem,

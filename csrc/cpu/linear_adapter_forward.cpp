@@ -114,7 +114,7 @@ class Forward {
         width_(problem.hidden_size),
         block_rows_(block_rows<C, Product>(problem)),
         left_stride_(steps<Product>(kColumnBlock) + kRowPadding<C>),
-        hidden_stride_(hidden_stride(problem)),
+        hidden_stride_(scratch_stride<C>(problem)),
         // The post norm needs a whole row of the second product before it can start.
         out_columns_(pre_ ? kColumnBlock : width_),
         out_stride_(padded<C>(out_columns_) + kRowPadding<C>),
@@ -163,7 +163,7 @@ class Forward {
   // A task's share of the columns of act(h), for all rows of a segment, then of those of y. The
   // tasks share act(h), of so many elements.
   static int64_t activated_elements(const LinearAdapterForward& problem) {
-    return kMostBlockRows * hidden_stride(problem);
+    return kMostBlockRows * scratch_stride<C>(problem);
   }
   void run_down(const Segment& segment, int64_t task, int64_t tasks, C* activated) {
     prepare_adapter(segment, segment.rows);
@@ -182,10 +182,6 @@ class Forward {
   }
 
  private:
-  static int64_t hidden_stride(const LinearAdapterForward& problem) {
-    return padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
-  }
-
   const X* x_row(int64_t row) const { return static_cast<const X*>(p_.x) + row * width_; }
   const X* x(int64_t i) const { return x_row(row_[i]); }
   X* y(int64_t i) const { return static_cast<X*>(p_.y) + row_[i] * width_; }
@@ -331,7 +327,7 @@ class Forward {
     if (dropout_.active()) dropout_.fill(row_[i], column, columns, mask_);
     const auto with_options = [&]<bool masked, bool post>() {
       const Vector<C> mean = splat<C>(mean_[i]), rstd = splat<C>(rstd_[i]);
-      const Vector<C> scale = splat<C>(static_cast<C>(plan_.depth_scale));
+      const Vector<C> scale = splat<C>(static_cast<C>(plan_.depth.kept_scale));
       const X* from = x(i) + column;
       X* to = y(i) + column;
       const C *weight = norm_weight_ + column, *bias = norm_bias_ + column, *mask = mask_;
@@ -414,23 +410,19 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
   using C = Accumulate<X>;
   Plan plan;
   plan.build(problem);
-  const int64_t width = problem.hidden_size, rows_per_sample = problem.routing.rows_per_sample;
-  for (const Samples& samples : plan.untouched) {
-    for (int64_t i = 0; i < samples.count; ++i) {
-      const int64_t begin = samples[i] * rows_per_sample * width;
-      const X* from = static_cast<const X*>(problem.x) + begin;
-      std::copy(from, from + rows_per_sample * width, static_cast<X*>(problem.y) + begin);
-      if (!problem.hidden) continue;
-      // Never read, but the same call gives the same bits in all its results.
-      const int64_t row = samples[i] * rows_per_sample;
-      const auto clear = [&](void* saved, int64_t columns) {
-        std::fill_n(static_cast<C*>(saved) + row * columns, rows_per_sample * columns, C(0));
-      };
-      clear(problem.hidden, problem.hidden_stride);
-      clear(problem.mean, 1);
-      clear(problem.rstd, 1);
-    }
-  }
+  for_each_untouched(problem, plan, parallel, [&](int64_t row, int64_t count) {
+    const int64_t width = problem.hidden_size;
+    std::copy_n(static_cast<const X*>(problem.x) + row * width, count * width,
+                static_cast<X*>(problem.y) + row * width);
+    if (!problem.hidden) return;
+    // Never read, but the same call gives the same bits in all its results.
+    const auto clear = [&](void* saved, int64_t columns) {
+      std::fill_n(static_cast<C*>(saved) + row * columns, count * columns, C(0));
+    };
+    clear(problem.hidden, problem.hidden_stride);
+    clear(problem.mean, 1);
+    clear(problem.rstd, 1);
+  });
   std::unique_ptr<C[]> penalties;
   if (problem.l2_lambda) penalties.reset(new C[static_cast<size_t>(plan.active.rows)]);
   if (plan.active.rows > 0) {

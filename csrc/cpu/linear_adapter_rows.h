@@ -22,6 +22,12 @@ inline constexpr int64_t kRowPadding = 64 / static_cast<int64_t>(sizeof(C));
 
 inline constexpr int64_t kMostBlockRows = 96;
 
+// The distance of rows of the bottleneck's activations in scratch.
+template <class C>
+ADAPTER_EXT_HOST_DEVICE int64_t scratch_stride(const LinearAdapterProblem& problem) {
+  return padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
+}
+
 // Rows of a block: as many as keep x, and scratch of its size, in a second-level cache, but not so
 // few that reading the weights takes longer than the products with them; those of small bottlenecks
 // stay in that cache, those of large ones come from far away. Tiles are so fast that they want all
@@ -73,11 +79,6 @@ ADAPTER_EXT_HOST_DEVICE void with_weights(DataType type, const void* weights, Fu
   } else {
     function(static_cast<const X*>(weights));
   }
-}
-
-// Whether a product's operands are rounded to a 16-bit type that is not x's.
-inline bool rounds_operands(const LinearAdapterProblem& problem) {
-  return problem.operand_type != problem.data_type && problem.operand_type != DataType::kFloat32;
 }
 
 // Rounds values in place to the 16-bit type of a product's operands.
@@ -328,16 +329,13 @@ static void with_product([[maybe_unused]] const LinearAdapterProblem& problem,
 
 // Dropout of the output: 0 or 1 / keep probability for each element.
 struct Dropout {
+  Chance chance;
   PhiloxKey key;
-  uint64_t threshold;
-  double kept_scale;
 
   explicit Dropout(const LinearAdapterProblem& problem)
-      : key(problem.dropout > 0.0 ? philox_key(*problem.seed) : PhiloxKey{}),
-        threshold(drop_threshold(problem.dropout)),
-        kept_scale(problem.dropout < 1.0 ? 1.0 / (1.0 - problem.dropout) : 0.0) {}
+      : chance(problem.dropout), key(chance.key(problem.seed)) {}
 
-  bool active() const { return threshold > 0; }
+  bool active() const { return chance.threshold > 0; }
 
   // Fills scale[0 .. count) for the columns from first_column (a multiple of 4) of a row; `scale`
   // has room for a multiple of 64.
@@ -359,12 +357,12 @@ struct Dropout {
           philox_round(counter, round_key);
           for (int word = 0; word < 4; ++word) c[word][i] = counter[word];
         }
-        round_key.low += 0x9E3779B9u;
-        round_key.high += 0xBB67AE85u;
+        round_key.advance();
       }
+      const C kept = static_cast<C>(chance.kept_scale);
       for (int i = 0; i < batch; ++i) {
         for (int word = 0; word < 4; ++word) {
-          scale[start + 4 * i + word] = c[word][i] >= threshold ? static_cast<C>(kept_scale) : C(0);
+          scale[start + 4 * i + word] = c[word][i] >= chance.threshold ? kept : C(0);
         }
       }
     }
@@ -382,6 +380,34 @@ Share share(int64_t columns, int64_t task, int64_t tasks) {
     return std::min(columns, tasks_before * panels<C>(columns) / tasks * kPanel<C>);
   };
   return {end(task), end(task + 1) - end(task)};
+}
+
+// How many tasks it takes to write some bytes of memory: a few are written sooner than tasks begin.
+inline int64_t memory_tasks(int64_t bytes, const Parallel& parallel) {
+  constexpr int64_t worthwhile = 1 << 19;  // bytes of a task
+  return std::clamp<int64_t>(bytes / worthwhile, 1, parallel.threads);
+}
+
+// Calls body(row, count) for the rows that no adapter runs on, some at a time.
+template <class Body>
+static void for_each_untouched(const LinearAdapterProblem& problem, const Plan& plan,
+                               const Parallel& parallel, Body&& body) {
+  const int64_t sample_rows = problem.routing.rows_per_sample;
+  int64_t rows = 0;
+  for (const Samples& samples : plan.untouched) rows += samples.count * sample_rows;
+  const int64_t row_bytes = problem.hidden_size * size_of(problem.data_type);
+  const int64_t tasks = memory_tasks(rows * row_bytes, parallel);
+  parallel(tasks, [&](int64_t task) {
+    const int64_t begin = task * rows / tasks, end = (task + 1) * rows / tasks;
+    int64_t position = 0;
+    for (const Samples& samples : plan.untouched) {
+      for (int64_t i = 0; i < samples.count; ++i, position += sample_rows) {
+        const int64_t first = std::max<int64_t>(begin - position, 0);
+        const int64_t last = std::min(end - position, sample_rows);
+        if (first < last) body(samples[i] * sample_rows + first, last - first);
+      }
+    }
+  });
 }
 
 // Whether tasks share the columns of products with the weights rather than the rows. Where an

@@ -1,9 +1,7 @@
 #include "cpu/memory.h"
 
-#if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <chrono>
@@ -13,7 +11,6 @@
 
 namespace adapter_ext::cpu {
 
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
 namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
@@ -108,9 +105,6 @@ void prepare(const std::vector<Memory>& results, const Parallel& parallel) {
                 [](const Memory& memory) { advise(memory, kPopulateWrite); });
   });
 }
-#else
-void prepare(const std::vector<Memory>&, const Parallel&) {}
-#endif
 
 void* thread_scratch(int slot, int64_t bytes) {
   struct Free {

@@ -1,8 +1,7 @@
 #include "cpu/plan.h"
 
 #include <stdexcept>
-
-#include "common/philox.h"
+#include <string>
 
 namespace adapter_ext::cpu {
 namespace {
@@ -10,19 +9,24 @@ namespace {
 // A routing may have been made by hand: rows out of range would be memory out of range.
 void check(const RoutingView& routing) {
   const int64_t* offsets = routing.offsets;
-  bool valid = offsets[0] == 0 && offsets[routing.adapters] <= routing.samples;
-  for (int64_t a = 0; a < routing.adapters; ++a) valid = valid && offsets[a] <= offsets[a + 1];
-  if (!valid) {
-    throw std::runtime_error(
-        "linear_adapter: routing.offsets: expected values that ascend from 0 to at most the number "
-        "of samples, as route() makes them");
+  for (int64_t a = 0; a <= routing.adapters; ++a) {
+    const int64_t least = a ? offsets[a - 1] : 0, most = a ? routing.samples : 0;
+    if (offsets[a] < least || offsets[a] > most) {
+      throw std::runtime_error(
+          "linear_adapter: routing.offsets: expected values that ascend from 0 to at most the "
+          "number of samples, " +
+          std::to_string(routing.samples) + ", as route() makes them; got " +
+          std::to_string(offsets[a]) + " at " + std::to_string(a));
+    }
   }
   std::vector<bool> seen(static_cast<size_t>(routing.samples));
   for (int64_t i = 0; i < routing.samples; ++i) {
     const int64_t sample = routing.order[i];
     if (sample < 0 || sample >= routing.samples || seen[static_cast<size_t>(sample)]) {
-      throw std::runtime_error(
-          "linear_adapter: routing.order: expected every sample once, as route() makes it");
+      throw std::runtime_error("linear_adapter: routing.order: expected each of " +
+                               std::to_string(routing.samples) +
+                               " samples once, as route() makes it; got " + std::to_string(sample) +
+                               " at " + std::to_string(i));
     }
     seen[static_cast<size_t>(sample)] = true;
   }
@@ -36,15 +40,12 @@ Plan::~Plan() = default;
 void Plan::build(const LinearAdapterProblem& problem) {
   const RoutingView& routing = problem.routing;
   if (routing.order) check(routing);
-  const bool drops = problem.stochastic_depth > 0.0;
-  const PhiloxKey key = drops ? philox_key(*problem.seed) : PhiloxKey{};
-  const uint64_t threshold = drop_threshold(problem.stochastic_depth);
-  if (drops) {
-    depth_scale = problem.stochastic_depth < 1.0 ? 1.0 / (1.0 - problem.stochastic_depth) : 0.0;
-    if (problem.depth_mode == DepthMode::kSample) {
-      kept_.reserve(routing.samples);  // reserved, so that pointers into them stay valid
-      dropped_.reserve(routing.samples);
-    }
+  depth = Chance(problem.stochastic_depth);
+  const PhiloxKey key = depth.key(problem.seed);
+  const bool drops = depth.threshold > 0;
+  if (drops && problem.depth_mode == DepthMode::kSample) {
+    kept_.reserve(routing.samples);  // reserved, so that pointers into them stay valid
+    dropped_.reserve(routing.samples);
   }
 
   const auto all = [&](int64_t begin, int64_t end) {
@@ -62,7 +63,7 @@ void Plan::build(const LinearAdapterProblem& problem) {
     if (begin == end) continue;
     Samples samples = all(begin, end);
     if (drops && problem.depth_mode == DepthMode::kCall) {
-      if (!depth_keeps(a, key, threshold)) {
+      if (!depth_keeps(a, key, depth.threshold)) {
         untouched.push_back(samples);
         continue;
       }
@@ -70,7 +71,7 @@ void Plan::build(const LinearAdapterProblem& problem) {
       const int64_t kept_before = static_cast<int64_t>(kept_.size());
       const int64_t dropped_before = static_cast<int64_t>(dropped_.size());
       for (int64_t i = 0; i < samples.count; ++i) {
-        (depth_keeps(samples[i], key, threshold) ? kept_ : dropped_).push_back(samples[i]);
+        (depth_keeps(samples[i], key, depth.threshold) ? kept_ : dropped_).push_back(samples[i]);
       }
       const int64_t kept = static_cast<int64_t>(kept_.size()) - kept_before;
       if (kept < samples.count) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/philox.h"
 #include "common/problem.h"
 
 namespace adapter_ext::cpu {
@@ -73,7 +74,7 @@ struct Range {
 struct Plan {
   Range active;
   std::vector<Samples> untouched;  // no adapter, or dropped by stochastic depth
-  double depth_scale = 1.0;        // 1 / keep probability
+  Chance depth;
 
   Plan();
   ~Plan();

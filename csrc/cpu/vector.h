@@ -40,10 +40,6 @@ inline constexpr int kVectorBytes = 32;
 inline constexpr int kVectorBytes = 16;
 #endif
 
-// The type in which x of type X is accumulated.
-template <class X>
-using Accumulate = std::conditional_t<std::is_same_v<X, double>, double, float>;
-
 template <class T, int lanes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(lanes * sizeof(T))));

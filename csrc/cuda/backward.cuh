@@ -1042,7 +1042,7 @@ __global__ __launch_bounds__(
         for (int piece = 0; piece < pieces; ++piece) {
           T* left = shared_at<T>(layout.rows.left[piece & 1]);
           fill_tile<P, S, rows, kStep<P>>(
-              left, kStepPitch<P>, DataType::kFloat64, [&](int i, int at, auto& values) {
+              left, kStepPitch<P>, kNotRounded, [&](int i, int at, auto& values) {
                 const int64_t j = piece * kStep<P> + at;
                 load(values, hidden_gradients() + i * params.padded + j,
                      i < count && j < params.padded ? kVector<T> : 0, true);
@@ -1283,8 +1283,8 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
 // Whether do is dy as it is, and its operands too.
 template <class X, class P>
 bool is_plain(const LinearAdapterBackward& b) {
-  return std::is_same_v<X, typename P::Operand> && operand_rounding(b) == DataType::kFloat64 &&
-         !wants_out(b) && b.dropout == 0.0 && b.stochastic_depth == 0.0;
+  return std::is_same_v<X, typename P::Operand> && !rounds_operands(b) && !wants_out(b) &&
+         b.dropout == 0.0 && b.stochastic_depth == 0.0;
 }
 
 // False where its buffers have no room.

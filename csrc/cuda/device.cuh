@@ -218,7 +218,11 @@ enum class Begins { kInTurn, kEarly };
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, int64_t shared,
             cudaStream_t stream, const Params& params, Begins begins = Begins::kInTurn) {
-  if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows");
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(std::string(name) + ": too many rows: they take " +
+                             std::to_string(blocks) + " blocks, a launch has at most " +
+                             std::to_string(INT32_MAX));
+  }
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > 48 * 1024) {
     const int most = device_limits().shared_memory;

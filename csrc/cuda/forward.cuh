@@ -427,8 +427,7 @@ void Forward<X, P>::run(const ForwardCall& call) {
     params.partials = workspace.take<C>(chunks * f.rows * round_up(f.hidden_stride, kVector<C>));
   }
   if (split) params.moments = workspace.take<C>(2 * f.rows * column_blocks);
-  C* penalties = workspace.take<C>(f.rows * params.penalty_blocks);
-  if (f.l2_lambda) params.penalties = penalties;
+  if (f.l2_lambda) params.penalties = workspace.take<C>(f.rows * params.penalty_blocks);
   if (call.bytes) {
     *call.bytes = workspace.bytes();
     return;

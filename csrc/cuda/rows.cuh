@@ -146,11 +146,10 @@ void take_x(SharedLayout& layout, int64_t rows, int64_t columns, int64_t limit) 
   layout.bytes = static_cast<int>(room.bytes());
 }
 
-// What the product's operands are rounded to, beyond what their type does: kFloat64 for nothing.
+// What the product's operands are rounded to, beyond what their type does.
+inline constexpr DataType kNotRounded = DataType::kFloat64;
 ADAPTER_EXT_HOST_DEVICE DataType operand_rounding(const LinearAdapterProblem& p) {
-  const bool rounds = p.operand_type != p.data_type && (p.operand_type == DataType::kBFloat16 ||
-                                                        p.operand_type == DataType::kFloat16);
-  return rounds ? p.operand_type : DataType::kFloat64;
+  return rounds_operands(p) ? p.operand_type : kNotRounded;
 }
 
 // One thread's share of elementwise work on a [rows, columns] tile of x: some vectors of 16 bytes.
@@ -263,11 +262,11 @@ class RowTile {
 
   __device__ __forceinline__ WeightMatrix up() const {
     return WeightMatrix::make<X, P>(view.up, view.up_stride, width, view.bottleneck, float_weights,
-                                    rounding != DataType::kFloat64);
+                                    rounding != kNotRounded);
   }
   __device__ __forceinline__ WeightMatrix down() const {
     return WeightMatrix::make<X, P>(view.down, view.down_stride, view.bottleneck, width,
-                                    float_weights, rounding != DataType::kFloat64);
+                                    float_weights, rounding != kNotRounded);
   }
   // Whether there are only whole blocks of columns, and rows and weights begin at multiples of 16
   // bytes and are copied as they are: then nothing needs to be checked for each vector.
@@ -337,7 +336,7 @@ class UpProduct {
       if (!tile_.layout.activated_resident) {
         T* piece = shared_at<T>(tile_.layout.left[buffer_]);
         fill_tile<P, S, S::kRows, kStep<P>>(
-            piece, kStepPitch<P>, DataType::kFloat64, [&](int row, int column, auto& values) {
+            piece, kStepPitch<P>, kNotRounded, [&](int row, int column, auto& values) {
               const int64_t j = step * kStep<P> + column;
               load(values, in_memory_ + row * in_memory_stride_ + j,
                    row < tile_.count && j < in_memory_stride_ ? kVector<T> : 0, true);

@@ -11,9 +11,6 @@
 
 namespace adapter_ext::cuda {
 
-template <class X>
-using Accumulate = std::conditional_t<std::is_same_v<X, double>, double, float>;
-
 inline constexpr int kBlock = 64;  // columns, and bottleneck elements, worked on at a time
 
 // The threads of a block, and the rows of a tile that it works on.

@@ -182,19 +182,6 @@ struct Parts {
   }
 };
 
-// A chance to be dropped, made by the host: by a random word below the threshold.
-struct Chance {
-  uint64_t threshold;
-  double kept_scale;  // of what is kept
-
-  Chance(double probability = 0.0)
-      : threshold(drop_threshold(probability)),
-        kept_scale(probability < 1.0 ? 1.0 / (1.0 - probability) : 0.0) {}
-  __device__ __forceinline__ PhiloxKey key(const LinearAdapterProblem& problem) const {
-    return threshold > 0 ? philox_key(*problem.seed) : PhiloxKey{};
-  }
-};
-
 // Stochastic depth: what becomes of an adapter or of a sample.
 struct Depth {
   const LinearAdapterProblem& problem;
@@ -211,7 +198,7 @@ struct Depth {
 
  private:
   __device__ __forceinline__ bool keeps(int64_t unit) const {
-    return depth_keeps(unit, chance.key(problem), chance.threshold);
+    return depth_keeps(unit, chance.key(problem.seed), chance.threshold);
   }
 };
 
@@ -221,7 +208,7 @@ struct Dropout {
   PhiloxKey key;
 
   __device__ __forceinline__ Dropout(const LinearAdapterProblem& problem, const Chance& dropout)
-      : chance(dropout), key(dropout.key(problem)) {}
+      : chance(dropout), key(dropout.key(problem.seed)) {}
 
   // Multiplies n neighbouring elements of a row by their scales; n is 2, 4 or 8, and `column` a
   // multiple of it.
