@@ -8,6 +8,7 @@ eager mode the others take two to three times as long for a small call.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -66,6 +67,7 @@ class _Options(NamedTuple):
 
 
 _DEFAULT_OPTIONS = tuple(_Options())[:5]
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def route(ids: Tensor, num_adapters: int) -> Routing:
@@ -145,7 +147,8 @@ def linear_adapter(
         stochastic_depth: probability of dropping the adapter; in training only.
         stochastic_depth_mode: "call" draws once for an adapter and call (as NeMo does), "sample"
             once a sample.
-        l2_lambda: weight of the auxiliary loss, one for all or ``[A]``; in training only.
+        l2_lambda: weight of the auxiliary loss, one for all or ``[A]``, at least 0 (the values of
+            a tensor are not checked); in training only.
         residual: False returns m ⊙ o itself.
         training: whether dropout, stochastic depth and the auxiliary loss are on.
         seed: int64, one element, on the device of ``x``: what masks and draws are a function of.
@@ -183,7 +186,8 @@ def linear_adapter(
         seed,
         compute_dtype,
     )
-    if forward_ad._current_level >= 0:  # neither way to the native ops has forward-mode formulas
+    if forward_ad._current_level >= 0:  # no way to the native ops has forward-mode formulas
+        _check_tensors(*arguments)
         y, aux = _by_reference(*arguments)
     elif not torch.is_grad_enabled():
         y, aux = _inference(*arguments)
@@ -225,7 +229,16 @@ def _flatten(weights: AdapterWeights) -> list[Tensor]:
             "linear_adapter: weights: expected four tensors or four sequences"
         ) from None
     if len({*counts}) == 1:
-        return [*norm_weight, *norm_bias, *down, *up]
+        flat = [*norm_weight, *norm_bias, *down, *up]
+        if not torch.compiler.is_compiling() and not {*map(type, flat)} <= _PLAIN:
+            for i, weight in enumerate(flat):
+                if not isinstance(weight, Tensor):
+                    name = AdapterWeights._fields[i // counts[0]]
+                    raise TypeError(
+                        f"linear_adapter: {name}[{i % counts[0]}]: expected a tensor, got "
+                        f"{type(weight).__name__}"
+                    )
+        return flat
     raise RuntimeError(
         "linear_adapter: weights: expected as many tensors of each kind, got "
         + ", ".join(f"{n} {name}" for n, name in zip(counts, AdapterWeights._fields, strict=True))
@@ -267,7 +280,7 @@ def _arguments(
             raise ValueError(
                 f"linear_adapter: l2_lambda: expected a finite value >= 0, got {l2_lambda}"
             )
-    except TypeError:
+    except (TypeError, RuntimeError):  # the latter of tensors that are no one number
         numbers = (dropout, stochastic_depth, eps, l2_lambda)
         raise TypeError(
             "linear_adapter: dropout, stochastic_depth, eps and l2_lambda: expected numbers "
@@ -395,7 +408,15 @@ def _is_stack(flat: list[Tensor]) -> bool:
 def _l2_lambdas(l2_lambda: float | Tensor, x: Tensor, flat: list[Tensor]) -> Tensor:
     count, dtype = _num_adapters(flat), _accumulate_dtype(x)
     if not isinstance(l2_lambda, Tensor):
+        if l2_lambda > torch.finfo(dtype).max:
+            raise ValueError(
+                f"linear_adapter: l2_lambda: expected a finite {dtype} value, got {l2_lambda}"
+            )
         return torch.full((count,), l2_lambda, dtype=dtype, device=x.device)
+    if not l2_lambda.is_floating_point():
+        raise RuntimeError(
+            f"linear_adapter: l2_lambda: expected a floating-point dtype, got {l2_lambda.dtype}"
+        )
     if l2_lambda.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "linear_adapter: l2_lambda: expected a tensor without requires_grad, as it gets no "
@@ -443,6 +464,75 @@ def _forward_fake(
         *_inference_fake(x, weights, order, offsets, *options),
         x.new_empty(rows * (bottleneck + 2), dtype=_accumulate_dtype(x)),
     )
+
+
+def _check_tensors(
+    x: Tensor,
+    flat: list[Tensor],
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *rest: Any,
+) -> None:
+    """What the native ops check themselves, where the reference takes their place."""
+    options = _Options(*rest)
+    others = {"routing.order": order, "routing.offsets": offsets}
+    _check_devices(x, flat, {**others, "l2_lambda": options.l2_lambda, "seed": options.seed})
+
+    def check(name: str, tensor: Tensor, shape: list[int], *dtypes: torch.dtype) -> None:
+        if tensor.dtype not in dtypes:
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise RuntimeError(
+                f"linear_adapter: {name}: expected dtype {expected}, got {tensor.dtype}"
+            )
+        if list(tensor.shape) != shape:
+            raise RuntimeError(
+                f"linear_adapter: {name}: expected shape {shape}, got {list(tensor.shape)}"
+            )
+
+    check("x", x, [*x.shape], torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise RuntimeError(
+            f"linear_adapter: x: expected shape [..., D] with D >= 1, got {list(x.shape)}"
+        )
+    adapters, width, stack = _num_adapters(flat), x.shape[-1], _is_stack(flat)
+    norm_weights, norm_biases, downs, ups = _split(flat)
+    every = [adapters] if stack else []
+    for i, down in enumerate(downs):
+        at = "" if stack else f"[{i}]"
+        dtypes = [downs[0].dtype] if downs[0].dtype == torch.float32 else [x.dtype]
+        bottleneck = down.shape[-2] if down.ndim == 2 + stack else 0
+        if bottleneck < 1:
+            raise RuntimeError(
+                f"linear_adapter: down{at}: expected {2 + stack} dimensions and a bottleneck >= 1, "
+                f"got shape {list(down.shape)}"
+            )
+        check(f"down{at}", down, [*every, bottleneck, width], *dtypes)
+        check(f"up{at}", ups[i], [*every, width, bottleneck], *dtypes)
+        check(f"norm_weight{at}", norm_weights[i], [*every, width], *dtypes)
+        check(f"norm_bias{at}", norm_biases[i], [*every, width], *dtypes)
+    samples = x.shape[0] if x.ndim > 1 else 1
+    if order is not None and offsets is not None:
+        check("routing.order", order, [order.numel()], torch.int64)
+        check("routing.offsets", offsets, [*offsets.shape], torch.int64)
+        samples = order.numel()
+    if adapters != (1 if offsets is None else offsets.numel() - 1):
+        made = "none" if offsets is None else f"one made for {offsets.numel() - 1}"
+        raise RuntimeError(
+            f"linear_adapter: routing: expected one made for {adapters} adapters (the weights'), "
+            f"got {made}"
+        )
+    rows = math.prod(x.shape[:-1])
+    if rows % samples if samples else rows:
+        raise RuntimeError(
+            f"linear_adapter: routing: expected ids for the leading dimensions of x, "
+            f"{list(x.shape)}, got {samples} ids"
+        )
+    if options.seed is not None and options.seed.numel() != 1:
+        raise RuntimeError(
+            f"linear_adapter: seed: expected one element, got shape {list(options.seed.shape)}"
+        )
+    if options.l2_lambda is not None:
+        check("l2_lambda", options.l2_lambda, [adapters], _accumulate_dtype(x))
 
 
 def _check_devices(x: Tensor, weights: list[Tensor], others: dict[str, Tensor | None]) -> None:
@@ -518,7 +608,9 @@ def _gradients(
         grad_y = torch.zeros_like(call.x)
     x, weights, rest, saved = call
     flags = [int(flag) for flag in needed]
-    if torch.is_grad_enabled():  # the backward itself is to be differentiated
+    if forward_ad._current_level >= 0:  # so it is for the native backward
+        results = _reference_gradients(flags, rest, grad_y, grad_aux, x, *weights)
+    elif torch.is_grad_enabled():  # the backward itself is to be differentiated
         results = _Gradients.apply(flags, rest, saved, grad_y, grad_aux, x, *weights)  # type: ignore[no-untyped-call]
     else:
         order, offsets, *options = rest
@@ -569,6 +661,24 @@ def _by_reference(
         )
 
 
+def _reference_gradients(
+    flags: list[int],
+    rest: list[Any],
+    grad_y: Tensor,
+    grad_aux: Tensor | None,
+    x: Tensor,
+    *weights: Tensor,
+) -> tuple[Tensor, ...]:
+    """What the native backward computes, by the reference."""
+    if grad_aux is None:
+        grad_aux = x.new_zeros(_num_adapters([*weights]), dtype=_accumulate_dtype(x))
+    # Autocast around a backward would round products that the forward did not round.
+    with torch.autocast(x.device.type, enabled=False):
+        _, backward = _vjp(lambda x, *w: _by_reference(x, list(w), *rest), x, *weights)
+        every = backward((grad_y, grad_aux))
+    return tuple(gradient for gradient, flag in zip(every, flags, strict=True) if flag)
+
+
 def _key_of(code: int, codes: Mapping[_Key, int]) -> _Key:
     return next(key for key, value in codes.items() if value == code)
 
@@ -592,18 +702,12 @@ class _LinearAdapter(torch.autograd.Function):
             return _inference(x, list(weights), *rest)
         with torch._C._AutoDispatchBelowAutograd():
             y, aux, saved = _forward(x, list(weights), *rest)
-        # The tensors of `rest` are saved for the check that nothing has changed them.
-        ctx.save_for_backward(x, saved, *weights, *(t for t in rest if isinstance(t, Tensor)))
-        ctx.rest = rest
-        ctx.set_materialize_grads(False)
+        _save(ctx, _Call(x, list(weights), rest, saved))
         return y, aux
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_aux: Tensor | None) -> Any:
-        needed = ctx.needs_input_grad[1:]
-        x, saved, *weights = ctx.saved_tensors
-        call = _Call(x, weights[: len(needed) - 1], ctx.rest, saved)
-        return None, *_gradients(call, grad_y, grad_aux, needed)
+        return None, *_gradients(_saved(ctx), grad_y, grad_aux, ctx.needs_input_grad[1:])
 
 
 class _TransformableLinearAdapter(torch.autograd.Function):
@@ -674,13 +778,7 @@ class _Gradients(torch.autograd.Function):
         grad_aux = given_aux
         if given_aux is None:
             grad_aux = x.new_zeros(_num_adapters(weights), dtype=_accumulate_dtype(x))
-
-        def gradients(grad_y: Tensor, grad_aux: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            _, backward = _vjp(lambda x, *w: _by_reference(x, list(w), *rest), *inputs)
-            every = backward((grad_y, grad_aux))
-            return tuple(g for g, flag in zip(every, ctx.flags, strict=True) if flag)
-
-        # Autocast around a backward would round products that the forward did not round.
+        gradients = functools.partial(_reference_gradients, ctx.flags, rest)
         with torch.autocast(x.device.type, enabled=False):
             _, backward = _vjp(gradients, grad_y, grad_aux, x, *weights)
             of_y, of_aux, *others = backward(grads)

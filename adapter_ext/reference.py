@@ -21,13 +21,19 @@ from torch import Tensor
 
 from adapter_ext.types import AdapterWeights, Routing
 
+
+def swish(h: Tensor) -> Tensor:
+    """As ``F.silu``, h · sigmoid(h), whose backward has no forward-mode derivative."""
+    return h * torch.sigmoid(h)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda h: h,
     "hardtanh": F.hardtanh,
     "relu": F.relu,
     "selu": F.selu,
-    "swish": F.silu,
-    "silu": F.silu,
+    "swish": swish,
+    "silu": swish,
     "gelu": F.gelu,
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
 }

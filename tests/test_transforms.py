@@ -130,6 +130,47 @@ def test_forward_mode(case: Case) -> None:
             close(tuple(fwad.unpack_dual(o).tangent for o in outputs), products)
 
 
+@every_case
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_tangents_go_through_the_backward(case: Case, create_graph: bool) -> None:
+    """Those of an upstream gradient were dropped; the gradient is linear in it."""
+    call = case.build()
+    inputs = list(call.inputs().values())
+    y, aux = linear_adapter(call.x, call.weights, call.routing, **call.options)
+    upstream, tangents = [[torch.randn_like(r) for r in (y, aux)] for _ in range(2)]
+    want = torch.autograd.grad(
+        (y, aux), inputs, tangents, retain_graph=True, materialize_grads=True
+    )
+    with fwad.dual_level():
+        duals = [fwad.make_dual(*pair) for pair in zip(upstream, tangents, strict=True)]
+        gradients = torch.autograd.grad(
+            (y, aux), inputs, duals, create_graph=create_graph, materialize_grads=True
+        )
+        for gradient, tangent in zip(gradients, want, strict=True):
+            got = fwad.unpack_dual(gradient).tangent
+            torch.testing.assert_close(torch.zeros_like(tangent) if got is None else got, tangent)
+
+
+def test_saved_values_are_those_of_the_forward() -> None:
+    """The backward took those of the seed, the routing and the losses' weights from now."""
+    call = CASES["training"].build()
+    inputs = list(call.inputs().values())
+    seed, l2_lambda = call.options["seed"], call.options["l2_lambda"]
+    changed = (seed, l2_lambda, *call.routing[1:])
+
+    def gradients(change: Callable[[Tensor], Any]) -> tuple[Tensor, ...]:
+        results = linear_adapter(call.x, call.weights, call.routing, **call.options)
+        for tensor in changed:
+            change(tensor)
+        return torch.autograd.grad([r.sum() for r in results], inputs, materialize_grads=True)
+
+    want = gradients(lambda tensor: None)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        got = gradients(lambda tensor: tensor.zero_())
+    for result, expected in zip(got, want, strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_jacfwd_and_hessian() -> None:
     call = CASES["routed-lists"].build()
     x, *rest = inputs_of(call)
