@@ -97,8 +97,16 @@ def set_enabled_adapters(model: nn.Module, name: str | None = None, enabled: boo
             raise ValueError("there are no adapters: add one with add_adapter first")
     else:
         hosts = _having(hosts, name)
-    for host in hosts.values():
-        host.set_enabled_adapters(name, enabled)
+    before = {host: host._enabled_adapters for host in hosts.values()}
+    try:
+        for host in hosts.values():
+            host.set_enabled_adapters(name, enabled)
+    except BaseException:  # one's configuration is read-only, for instance
+        for host, known in before.items():
+            for key in host._adapters():
+                if (key in known) != (key in host._enabled_adapters):
+                    host.set_enabled_adapters(key, key in known)
+        raise
 
 
 def save_adapters(

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, BinaryIO, cast
 
-import torch
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -26,6 +25,7 @@ from adapter_ext.torch_file import (
     reading,
     versions_of,
     with_versions,
+    write_torch_file,
 )
 
 _CONFIG = "model_config.yaml"
@@ -68,7 +68,7 @@ def write_archive(
         # In the same folder: there must be room for it anyway.
         folder = os.path.dirname(os.path.realpath(path))
         with tempfile.TemporaryFile(dir=folder) as weights:
-            torch.save(_changed(state, _as_stored), weights)
+            write_torch_file(_changed(state, _as_stored), weights)
             weights.seek(0)
             try:
                 read_torch_file(cast(BinaryIO, weights), values=False)

@@ -13,11 +13,13 @@ for each host module, whose keys start with ``"name."``; ``__cfg__``, an OmegaCo
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
+import reprlib
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +49,7 @@ from adapter_ext.torch_file import (
     reading,
     versions_of,
     with_versions,
+    write_torch_file,
 )
 
 FORMAT_VERSION = "1"
@@ -61,7 +64,13 @@ _MAX_KEY_PARTS = 256
 _MAX_VALUES = 100_000
 # More than the instructions of a pickle can make: it would have to use the same state often.
 _MAX_ENTRIES = 600_000
+_MAX_CHARACTERS = 2**20
 _LAYER = "adapter_layer"
+
+# Of what files hold, which may be lists of lists, shared: written out they can be endless.
+_short = reprlib.Repr()
+_short.maxlevel = 2
+_short.maxstring = _short.maxother = 200
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ def write_adapters(path: str | os.PathLike[str], content: AdapterFile) -> None:
         if suffix == ".safetensors":
             file.write(data)
         else:
-            torch.save(saved, file)
+            write_torch_file(saved, file)
             file.seek(0)
             try:
                 read_torch_file(file, values=False)
@@ -186,6 +195,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: if the file can't be written.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(errno.EINVAL, "not a regular file, which it would be replaced by", path)
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "x+b") as file:
@@ -262,12 +273,12 @@ def _checked_adapter(adapter: SavedAdapter) -> SavedAdapter:
     if not isinstance(module, str) or not (
         module == "" or (":" not in module and all(map(_is_path, module.split("+"))))
     ):
-        raise FileError(f"{label}: {module!r} can't name a module")
+        raise FileError(f"{label}: {_short.repr(module)} can't name a module")
     config = _plain_config(adapter.config, f"the configuration of {label}")
     if not isinstance(config, dict) or "_target_" not in config:
         raise FileError(f"{label}: the configuration must be a dict with _target_")
     if not isinstance(config.setdefault("enabled", True), bool):
-        raise FileError(f"{label}: enabled must be a bool, got {config['enabled']!r}")
+        raise FileError(f"{label}: enabled must be a bool, got {_short.repr(config['enabled'])}")
     if not states:
         raise FileError(f"{label} has no states")
     _check_paths(paths, label)
@@ -288,12 +299,12 @@ def _check_paths(paths: object, label: str) -> None:
     if paths is None:
         return
     if not isinstance(paths, list):
-        raise FileError(f"{label}: the module paths must be a list, got {paths!r}")
+        raise FileError(f"{label}: the module paths must be a list, got {_short.repr(paths)}")
     for path in paths:
         if not isinstance(path, str) or not (path == "" or _is_path(path)):
-            raise FileError(f"{label}: {path!r} can't be the path of a module")
+            raise FileError(f"{label}: {_short.repr(path)} can't be the path of a module")
     if len(set(paths)) != len(paths):
-        raise FileError(f"{label}: a module path is there twice: {paths}")
+        raise FileError(f"{label}: a module path is there twice: {_short.repr(paths)}")
 
 
 def _check_tensor(key: object, tensor: object, where: str) -> None:
@@ -312,6 +323,22 @@ def _check_tensor(key: object, tensor: object, where: str) -> None:
 def _plain_config(value: Any, label: str) -> Any:
     """A copy of a configuration; FileError unless it is of plain values, all resolved."""
     counter = itertools.count()
+    characters = 0
+
+    def check_text(text: str) -> None:
+        nonlocal characters
+        characters += len(text)
+        if characters > _MAX_CHARACTERS:
+            raise FileError(f"{label} has more than {_MAX_CHARACTERS} characters")
+        if "${" in text or text == "???":
+            raise FileError(
+                f"{label} has {_short.repr(text)}: interpolations and missing values are not "
+                f"allowed in a file"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FileError(f"{label} has {_short.repr(text)}, which is no valid text") from error
 
     def copy(value: Any, depth: int) -> Any:
         # What a pickle or a YAML file shares would be copied more often than any memory could hold.
@@ -324,17 +351,19 @@ def _plain_config(value: Any, label: str) -> Any:
             target = value.get("_target_") if "_target_" in value else "a"
             target = content_of(target)
             if not isinstance(target, str) or not _is_dotted_name(target):
-                raise FileError(f"{label}: _target_ must be a dotted name, got {target!r}")
+                raise FileError(
+                    f"{label}: _target_ must be a dotted name, got {_short.repr(target)}"
+                )
             for key in value:
                 if type(key) is not str:
-                    raise FileError(f"{label}: keys must be of type str, got {key!r}")
-                _check_text(key, label)
+                    raise FileError(f"{label}: keys must be of type str, got {_short.repr(key)}")
+                check_text(key)
             return {key: copy(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list):
             return [copy(item, depth + 1) for item in value]
         # Exactly these types: a subclass, of an Enum for example, would not come back as itself.
         if type(value) is str:
-            _check_text(value, label)
+            check_text(value)
         elif type(value) is float or type(value) is int:
             if not math.isfinite(value) or (type(value) is int and abs(value) >= 2**63):
                 raise FileError(f"{label} has the number {value}, which is not finite or too big")
@@ -343,15 +372,6 @@ def _plain_config(value: Any, label: str) -> Any:
         return value
 
     return copy(value, 0)
-
-
-def _check_text(text: str, label: str) -> None:
-    if "${" in text or text == "???":
-        raise FileError(
-            f"{label} has {text!r}: interpolations and missing values are not allowed in a file"
-        )
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise FileError(f"{label} has {text!r}, which is no valid text")
 
 
 def _is_path(path: str) -> bool:
@@ -412,7 +432,11 @@ def _from_safetensors(data: bytes) -> AdapterFile:
     listed = _parse_json(metadata.get("adapters", ""), "adapters")
     if not isinstance(listed, dict):
         raise FileError("its list of adapters is no JSON object")
-    adapters = {name: _listed_adapter(name, entry) for name, entry in listed.items()}
+    adapters = {}
+    states = 0
+    for name, entry in listed.items():
+        adapters[name] = _listed_adapter(name, entry, _MAX_VALUES - states)
+        states += len(adapters[name].states)
     content = AdapterFile(adapters, _parse_json(metadata.get("global_cfg", ""), GLOBAL_CONFIG))
     hosts = _hosts(adapters)
     for key, tensor in safetensors.torch.load(data).items():
@@ -421,14 +445,14 @@ def _from_safetensors(data: bytes) -> AdapterFile:
     return content
 
 
-def _listed_adapter(name: str, entry: Any) -> SavedAdapter:
+def _listed_adapter(name: str, entry: Any, most_states: int) -> SavedAdapter:
     if not isinstance(entry, dict) or not {"module", "paths", "config"} <= entry.keys():
         raise FileError(f"adapter {name!r} lacks its module, paths or configuration")
     paths = entry["paths"]
     _check_paths(paths, f"adapter {name!r}")
     count = entry.get("states") if paths is None else len(paths)
-    if type(count) is not int or not 0 < count <= _MAX_VALUES:
-        raise FileError(f"adapter {name!r} has {count!r} states")
+    if type(count) is not int or not 0 < count <= most_states:
+        raise FileError(f"adapter {name!r} has {_short.repr(count)} states")
     # Files of before adapter_ext kept versions lack them, and so do states of unknown versions.
     label = f"the versions of adapter {name!r}"
     versions = _list(entry.get("versions", [None] * count), label)
@@ -579,7 +603,7 @@ def _from_nemo(saved: Any) -> AdapterFile:
         if content_of(modules.get(name, "")) != module:
             raise FileError(
                 f"adapter {name!r} is saved for the module {module!r}, but its configuration names "
-                f"{content_of(modules.get(name, ''))!r}"
+                f"{_short.repr(content_of(modules.get(name, '')))}"
             )
         found = []
         for index, state in enumerate(_list(states, f"adapter {name!r}")):

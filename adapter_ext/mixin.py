@@ -200,7 +200,10 @@ class AdapterModuleMixin(ABC):
         self._set_adapters({key: a for key, a in self._adapters().items() if key != name})
 
     def _rename_module(self, old: str, new: str) -> None:
+        from adapter_ext import sample_counts
+
         self._set_adapters({new if key == old else key: a for key, a in self._adapters().items()})
+        sample_counts.rename(self, old, new)
 
     def _set_adapters(self, adapters: dict[str, nn.Module]) -> None:
         # At once, by another dict: another thread may be running those that stay, or list them.

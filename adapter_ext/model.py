@@ -72,7 +72,7 @@ class NeuralModule(nn.Module):
         """Freezes the module within a context; every parameter and mode is as before behind it."""
         required_grad = {p: p.requires_grad for p in self.parameters()}
         training = {m: m.training for m in self.modules()}
-        before = self.__dict__.get("_required_grad")
+        before = self.__dict__.pop("_required_grad", None)
         self.freeze()
         try:
             yield
@@ -81,8 +81,9 @@ class NeuralModule(nn.Module):
                 parameter.requires_grad_(required)
             for module, was_training in training.items():
                 module.training = was_training
-            if before is None:
-                self.__dict__.pop("_required_grad", None)
+            self.__dict__.pop("_required_grad", None)
+            if before is not None:
+                self._required_grad = before
 
 
 class ModelPT(NeuralModule):

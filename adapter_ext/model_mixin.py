@@ -114,13 +114,14 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             ValueError: if the place is none of :attr:`adapter_module_names`.
         """
         module_name, adapter_name = super().resolve_adapter_module_name_(name)
-        places = self.adapter_module_names
-        if places != [""]:
-            unknown = set(module_name.split("+")).difference(places)
-            if unknown:
-                raise ValueError(
-                    f"{min(unknown)!r} in {name!r} is no place for adapters; there are {places}"
-                )
+        places, given = self.adapter_module_names, module_name.split("+")
+        unknown = {place for place in given if places != [""] and place not in places}
+        if len(given) > 1 and "" in given:  # the default alone has no name
+            unknown.add("")
+        if unknown:
+            raise ValueError(
+                f"{min(unknown)!r} in {name!r} is no place for adapters; there are {places}"
+            )
         return module_name, adapter_name
 
     def check_valid_model_with_adapter_support_(self) -> None:
@@ -372,14 +373,14 @@ class AdapterModelPTMixin(AdapterModuleMixin):
 
     def _change_config(self, new_name: Callable[[str], str | None]) -> None:
         """Renames adapters in the configuration, None removes."""
-        config = cast("dict[str, Any]", OmegaConf.to_container(self.adapter_cfg, resolve=False))
+        config = self.adapter_cfg
         settings = config[self.adapter_global_cfg_key][self.adapter_metadata_cfg_key]
-        settings["modules"] = _renamed(settings["modules"], new_name)
+        refill(settings["modules"], _renamed(settings["modules"], new_name))
         refill(
-            self.adapter_cfg,
+            config,
             _renamed(config, lambda k: k if k == self.adapter_global_cfg_key else new_name(k)),
         )
-        self.update_adapter_cfg(self.adapter_cfg)
+        self.update_adapter_cfg(config)
 
     # --- Files ------------------------------------------------------------------------------------
 
@@ -509,13 +510,14 @@ class AdapterModelPTMixin(AdapterModuleMixin):
         try:
             yield
         except BaseException:
-            with read_write(self.cfg), extensible(self.cfg):
-                if config is None:
-                    self.cfg.pop("adapters", None)
-                else:
-                    refill(config, cast("dict[str, Any]", content))
             for host, state in states:
                 host._restore_adapter_state(state)
+            if config is not None:
+                with read_write(config):
+                    refill(config, cast("dict[str, Any]", content))
+            else:
+                with read_write(self.cfg), extensible(self.cfg):
+                    self.cfg.pop("adapters", None)
             raise
         finally:
             object.__delattr__(self, "_in_transaction")
@@ -602,9 +604,10 @@ def _outermost_hosts(module: nn.Module) -> list[AdapterModuleMixin]:
     return [host for hosts in found for host in hosts]
 
 
-def _renamed(mapping: Mapping[str, Any], new_name: Callable[[str], str | None]) -> dict[str, Any]:
-    renamed = ((new_name(key), value) for key, value in mapping.items())
-    return {key: value for key, value in renamed if key is not None}
+def _renamed(config: DictConfig, new_name: Callable[[str], str | None]) -> dict[str, Any]:
+    """The nodes, which keep their flags and interpolations, by their new names."""
+    renamed = ((new_name(str(key)), config._get_node(key)) for key in config)
+    return {key: node for key, node in renamed if key is not None}
 
 
 def refill(config: DictConfig, content: Mapping[str, Any]) -> None:
@@ -658,16 +661,22 @@ def load_states(model: nn.Module, saved: files.SavedAdapter, strict: bool) -> No
         )
     for path, state in zip(paths, saved.states, strict=True):
         adapter = hosts[path]._adapters()[saved.name]
-        _check_shapes(adapter.state_dict(), state, strict, path)
-        adapter.load_state_dict(state, strict=strict)
+        _check_shapes(adapter.state_dict(), state, path)
+        # Modules may have other keys for the state of an older version.
+        missing, unexpected = adapter.load_state_dict(state, strict=False)
+        if strict and (missing or unexpected):
+            raise ValueError(
+                f"module {path!r}: missing are {sorted(missing)}, unexpected are "
+                f"{sorted(unexpected)}"
+            )
+        for key, value in adapter.state_dict().items():
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                raise ValueError(
+                    f"module {path!r}: {key} has values that are too large for {value.dtype}"
+                )
 
 
-def _check_shapes(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], strict: bool, path: str
-) -> None:
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if strict and (missing or unexpected):
-        raise ValueError(f"module {path!r}: missing are {missing}, unexpected are {unexpected}")
+def _check_shapes(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str) -> None:
     for key in own.keys() & state.keys():
         if own[key].shape != state[key].shape:
             raise ValueError(

@@ -59,12 +59,12 @@ def adapter_groups(
             f"adapters must be a sequence of names, or options by name; "
             f"got {adapters if isinstance(adapters, str) else type(adapters).__name__!r}"
         )
-    parameters: dict[str, list[nn.Parameter]] = {}
+    parameters: dict[str, dict[nn.Parameter, None]] = {}  # each once, though hosts may share it
     for host in hosts_of(model):
         sample_counts.prepare(host)  # the model may have moved since the adapters were added
         for name, adapter in host._adapters().items():
-            own = parameters.setdefault(name, [])
-            own.extend(p for p in adapter.parameters() if p.requires_grad)
+            own = parameters.setdefault(name, {})
+            own.update((p, None) for p in adapter.parameters() if p.requires_grad)
     if adapters is None:
         adapters = [name for name, own in parameters.items() if own]
     for name in adapters:
@@ -79,7 +79,7 @@ def adapter_groups(
             raise TypeError(
                 f"the options of adapter {name!r} must be a mapping, got {type(options).__name__}"
             )
-        group = {"params": parameters[name], "adapter": name}
+        group: dict[str, Any] = {"params": [*parameters[name]], "adapter": name}
         for key in options.keys() & group.keys():
             raise ValueError(f"the options of adapter {name!r} can't have {key!r}")
         groups.append({**group, **options})
@@ -420,6 +420,11 @@ class AdamW(torch.optim.AdamW):
         }
 
 
+def _without_place(name: str | None) -> str | None:
+    """A model's adapter may be called by its place, too."""
+    return name.rpartition(":")[2] if isinstance(name, str) else name
+
+
 def _check_options(where: str, options: Mapping[str, Any]) -> None:
     """Checks those options that are numbers, which PyTorch checks for the constructor alone."""
     numbers = {key: options[key] for key in ("lr", "eps", "weight_decay") if key in options}
@@ -493,11 +498,13 @@ def mean_per_adapter(
         keys = names.flatten().tolist() if counts is not None or process_group is not None else []
     else:
         shape = (len(names),)
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        ids = torch.tensor(
-            [numbers[name] for name in names], dtype=torch.int64, device=losses.device
-        )
-        keys = names
+        keys = [_without_place(name) for name in names]
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(keys))}
+        ids = torch.tensor([numbers[name] for name in keys], dtype=torch.int64).to(losses.device)
+        if counts is not None:
+            given, counts = counts, Counter()
+            for name, count in given.items():
+                counts[_without_place(name)] += count
     if tuple(losses.shape) != shape:
         raise ValueError(
             f"losses must have a loss for each of the samples {list(shape)} that were routed, "

@@ -220,12 +220,12 @@ def _shared_by_processes(hosts: list[AdapterModuleMixin]) -> dict[str, None]:
     """Adapters that must run here, as another process may route samples to them.
 
     Returns:
-        The adapters that are trained, or sharded, and nowhere disabled; none in a single process.
+        The adapters that are trained, or sharded, and nowhere disabled; none without
+        torch.distributed. One process is no exception: DistributedDataParallel waits for all
+        gradients there, too.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        return {}
-    if distributed.get_world_size() == 1:
         return {}
     trains = torch.is_grad_enabled()
     needed: dict[str, None] = {}

@@ -59,6 +59,18 @@ def prepare(host: AdapterModuleMixin) -> None:
     if counter is None or counter.names != names or counter.total.device != device:
         # A parameter, though of no module, as torch.compile knows that their shapes do not change.
         total = nn.Parameter(torch.zeros(len(names), device=device))
+        if counter is not None and counter.total.grad is not None and names:
+            counts = dict(zip(counter.names, counter.total.grad, strict=True))
+            none = torch.zeros_like(total[0])
+            total.grad = torch.stack([counts.get(name, none).to(total.device) for name in names])
+        object.__setattr__(host, "_sample_counter", Counter(names, total))
+
+
+def rename(host: AdapterModuleMixin, old: str, new: str) -> None:
+    """Counts what was counted for an adapter under its new name."""
+    if host._sample_counter is not None:
+        names, total = host._sample_counter
+        names = tuple(new if name == old else name for name in names)
         object.__setattr__(host, "_sample_counter", Counter(names, total))
 
 

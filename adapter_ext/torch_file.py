@@ -237,6 +237,43 @@ def with_versions(
     return state
 
 
+def write_torch_file(value: Any, file: BinaryIO) -> None:
+    """``torch.save``, which hides an error of the file behind one of its own.
+
+    Args:
+        value: what to write.
+        file: open for writing.
+
+    Raises:
+        OSError: if the file can't be written.
+    """
+    writer = _Writer(file)
+    try:
+        torch.save(value, cast(BinaryIO, writer))
+    except RuntimeError:
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+
+
+class _Writer(io.RawIOBase):
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 def check_dense(tensor: Tensor, label: str, *, complex_too: bool = False) -> None:
     """Checks that a file can hold a tensor: a plain and dense one of a type that can be read.
 
