@@ -35,13 +35,14 @@ def torchrun(processes: int, folder: Path, *runs: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes, and then four, made."""
+    """What two processes, then four, and one alone, made."""
     folder = tmp_path_factory.mktemp("distributed")
     torchrun(
         *(2, folder, "ddp,names,2", "ddp,indices,compiled,2", "fsdp,indices,2", "fsdp,names,save"),
         *("ddp,names,all", "fsdp,names,all", "fsdp,names,apart", "fsdp,indices,apart", "counts"),
     )
     torchrun(4, folder, "ddp,names,4", "ddp,indices,4", "fsdp,names,resume")
+    torchrun(1, folder, "ddp,names,1", "ddp,indices,1")  # waits for all gradients as well
     return folder
 
 
@@ -53,7 +54,8 @@ def alone() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "run",
     [
-        *("ddp,names,2", "ddp,names,4", "ddp,indices,4", "ddp,indices,compiled,2"),
+        *("ddp,names,1", "ddp,indices,1", "ddp,names,2", "ddp,names,4", "ddp,indices,4"),
+        "ddp,indices,compiled,2",
         *("fsdp,indices,2", "fsdp,names,resume", "fsdp,names,apart", "fsdp,indices,apart"),
     ],
 )

@@ -1422,3 +1422,121 @@ def test_hostile_files_take_little_memory(tmp_path):
     growth = memory_growth(paths)
     assert len(growth) == len(paths)
     assert sum(map(int, growth.values())) < 400, growth
+
+
+def shared_lists(depth):
+    value = []
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("target", "_target_ must be a dotted name"),
+        ("module", "its configuration names"),
+        ("paths", "the module paths must be a list"),
+        ("path", "can't be the path of a module"),
+        ("enabled", "characters"),
+    ],
+)
+def test_values_that_are_shared_without_end(kind, words, tmp_path):
+    """What a file of two kilobytes held took hours, or gigabytes, to write into an error."""
+    shared = shared_lists(200)
+    config = {"_target_": "a.b"}
+    whole = {"fr": [{}], "__cfg__": {"fr": config}}
+    if kind == "target":
+        config["_target_"] = shared
+    elif kind == "enabled":
+        config["enabled"] = ["y" * 2**20] * 90_000
+    elif kind == "module":
+        whole["__cfg__"]["global_cfg"] = {"adapter_meta_cfg": {"modules": {"fr": shared}}}
+    else:
+        whole["__module_paths__"] = {"fr": {"a": shared} if kind == "paths" else [shared]}
+    torch.save(whole, tmp_path / "x.pt")
+    with pytest.raises(FileError, match=words) as caught:
+        read_adapters(tmp_path / "x.pt")
+    assert len(str(caught.value)) < 5000
+
+
+def test_states_of_all_adapters_are_limited_together(tmp_path):
+    """A file of two kilobytes could claim millions of them."""
+    path = tmp_path / "x.safetensors"
+    names = [f"n{i}" for i in range(20)]
+    listed = {
+        name: {"module": "", "paths": None, "config": {"_target_": "a.b"}, "states": 60_000}
+        for name in names
+    }
+    metadata = {"format": "adapter_ext", "format_version": "1", "global_cfg": "{}"}
+    safetensors.torch.save_file({}, path, {**metadata, "adapters": json.dumps(listed)})
+    with pytest.raises(FileError, match="adapter 'n1' has 60000 states"):
+        read_adapters(path)
+
+
+@pytest.mark.parametrize("limit", [5_000, 50_000, 200_000])
+def test_an_error_of_the_disk_is_an_os_error(limit, tmp_path):
+    """torch.save replaced it by one of its own."""
+    program = f"""
+import resource, signal, sys, torch
+from adapter_ext import archive, files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+state = {{str(i): torch.zeros(500) for i in range(300)}}
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+one = files.SavedAdapter("fr", "", {{"_target_": "a.b"}}, [""], [state])
+writers = [
+    lambda: files.write_adapters("x.pt", files.AdapterFile({{"fr": one}}, {{}})),
+    lambda: files.write_adapters("x.safetensors", files.AdapterFile({{"fr": one}}, {{}})),
+    lambda: archive.write_archive("x.nemo", {{}}, state),
+]
+for write in writers:
+    try:
+        write()
+    except OSError as error:
+        print(type(error).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["OSError"] * 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(OSError, match="not a regular file"):
+        write_adapters(tmp_path / "x.pt", content(adapter()))
+    assert stat.S_ISFIFO((tmp_path / "x.pt").stat().st_mode)
+
+
+class Renamed(Versioned):
+    """Version 2 of the module above, whose weight was called otherwise."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if (local_metadata.get("version") or 0) < 2:
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}old")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+class RenamedAdapter(UpgradedAdapter):
+    def __init__(self, adapter_strategy=None):
+        super().__init__(adapter_strategy)
+        self.inner = torch.nn.Sequential(Renamed())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_state_of_an_older_version_with_other_keys(suffix, tmp_path):
+    """Its keys were compared before the module could upgrade it."""
+    register_target(RenamedAdapter, "test_files.RenamedAdapter")
+    state = OrderedDict({"inner.0.old": torch.full((3,), 5.0)})
+    state._metadata = OrderedDict({"": {"version": 1}, "inner.0": {"version": 1}})
+    config = {"_target_": "test_files.RenamedAdapter"}
+    write_adapters(
+        tmp_path / f"x{suffix}",
+        AdapterFile({"fr": SavedAdapter("fr", "", config, [""], [state])}, {}),
+    )
+    host = Host()
+    load_adapters(host, tmp_path / f"x{suffix}")
+    assert host.adapter_layer["fr"].inner[0].weight.tolist() == [5, 5, 5]

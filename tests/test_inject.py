@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from layer_testing import Block, config, formula, rand
+from layer_testing import Block, config, formula, make_block, rand
 from model_testing import Block as PlainBlock
 from model_testing import StockModel, adapter_config, assert_same_tensors, model_config
 from omegaconf import DictConfig, OmegaConf
@@ -1191,3 +1191,14 @@ def test_silu_is_what_the_reference_uses():
     h = F.layer_norm(x, (D,), norm.weight, norm.bias)
     expected = F.silu(h @ down.weight.T) @ up.weight.T
     torch.testing.assert_close(formula(adapter, x), expected)
+
+
+def test_enabling_that_fails_changes_no_host():
+    """The hosts before the one whose configuration is read-only were changed."""
+    model = nn.Sequential(make_block("a", "b"), make_block("a", "b"))
+    OmegaConf.set_readonly(model[1].adapter_cfg, True)
+    with pytest.raises(ReadonlyConfigError):
+        ax.set_enabled_adapters(model, "a", False)
+    for host in model:
+        assert host.get_enabled_adapters() == ["a", "b"]
+        assert host.adapter_cfg.a.enabled

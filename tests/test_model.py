@@ -330,3 +330,14 @@ def test_a_shallow_copy_leaves_the_original_its_guid():
     model.train()(inputs())
     assert AccessMixin.is_access_enabled(guid)
     AccessMixin.reset_registry(model)
+
+
+def test_as_frozen_keeps_what_was_noted_by_freeze():
+    """unfreeze() within it forgot that."""
+    module = Net()
+    frozen = next(module.parameters()).requires_grad_(False)
+    module.freeze()
+    with module.as_frozen():
+        module.unfreeze()
+    module.unfreeze(partial=True)
+    assert [p for p in module.parameters() if not p.requires_grad] == [frozen]

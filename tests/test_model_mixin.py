@@ -846,3 +846,56 @@ def test_routing_takes_names_with_their_place():
     with pytest.raises(ValueError, match="'b' is not in 'encoder'"):  # noqa: SIM117
         with model.route_adapters(["a", "encoder:b"]):
             pass
+
+
+@pytest.mark.parametrize("method", ["remove", "rename", "disable", "add"])
+def test_read_only_configurations_lose_no_adapter(method):
+    """What undid the change failed itself, and left hosts without their adapters."""
+    model = make_model(StockModel, "a1", "encoder+decoder:x1")
+    x = inputs()
+    want, known = model(x), OmegaConf.to_container(model.cfg)
+    OmegaConf.set_readonly(model.cfg.adapters, True)
+    with pytest.raises(ReadonlyConfigError):
+        {
+            "remove": lambda: model.remove_adapter("a1"),
+            "rename": lambda: model.rename_adapter("x1", "other"),
+            "disable": lambda: model.set_enabled_adapters("x1", False),
+            "add": lambda: model.add_adapter("b", adapter_config()),
+        }[method]()
+    assert torch.equal(model(x), want)
+    assert OmegaConf.to_container(model.cfg) == known
+    assert OmegaConf.is_readonly(model.cfg.adapters)
+
+
+def test_other_adapters_keep_the_flags_of_their_configurations():
+    model = make_model(StockModel, "a1", "x1", "1")
+    OmegaConf.set_readonly(model.cfg.adapters.a1, True)
+    OmegaConf.set_struct(model.cfg.adapters.x1, True)
+    model.remove_adapter("1")
+    model.rename_adapter("x1", "y1")
+    assert OmegaConf.is_readonly(model.cfg.adapters.a1)
+    assert OmegaConf.is_struct(model.cfg.adapters.y1)
+
+
+@pytest.mark.parametrize("name", ["encoder+:a", "+:a", "+encoder:a", "encoder++decoder:a"])
+@pytest.mark.parametrize("kind", [StockModel, Everywhere])
+def test_no_part_of_a_place_is_empty(kind, name):
+    """It meant the whole model, whose file nothing could read."""
+    model = kind(model_config())
+    with pytest.raises(ValueError, match=r"'' in .* is no place for adapters"):
+        model.add_adapter(name, adapter_config())
+    assert not model.is_adapter_available()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_that_are_too_large_for_the_models_type(suffix, tmp_path):
+    """They became infinite, without a word."""
+    model = make_model(StockModel, "a1")
+    for parameter in model.encoder.blocks[0].adapter_layer.a1.parameters():
+        parameter.data.fill_(1e6)
+    model.save_adapters(tmp_path / f"x{suffix}")
+    other = make_model(StockModel).half()
+    with pytest.raises(FileError, match=r"has values that are too large for torch\.float16"):
+        other.load_adapters(tmp_path / f"x{suffix}")
+    assert not other.is_adapter_available()
+    other.bfloat16().load_adapters(tmp_path / f"x{suffix}")

@@ -744,3 +744,57 @@ def test_formula_is_what_the_model_computes(model):
         else:
             y = layer(y)
     torch.testing.assert_close(losses_of(y, target), plain_losses(model, "a", x, target))
+
+
+def test_an_adapter_that_hosts_share_is_stepped_once(model):
+    """Its parameters were in the group once a host, and so were the steps."""
+    model[2].adapter_layer["a"] = model[0].adapter_layer["a"]
+    shared = list(model[0].adapter_layer["a"].parameters())
+    copied = [nn.Parameter(p.detach().clone()) for p in shared]
+    optimizer = AdamW(model, lr=0.1, weight_decay=0.1, adapters=["a"], max_norm=0.5)
+    alone = torch.optim.AdamW(copied, lr=0.1, weight_decay=0.1)
+    for step in range(3):
+        x, target = batch(step, ["a"] * 3)
+        optimizer.zero_grad()
+        with route_adapters(model, ["a"] * 3):
+            losses_of(model(x), target).mean().backward()
+        for parameter, other in zip(shared, copied, strict=True):
+            other.grad = parameter.grad.clone()
+        nn.utils.clip_grad_norm_(copied, 0.5)
+        optimizer.step()
+        alone.step()
+    for parameter, other in zip(shared, copied, strict=True):
+        torch.testing.assert_close(parameter, other)
+        assert optimizer.state[parameter]["step"] == 3
+
+
+@pytest.mark.parametrize("counts", [None, {"fr": 2, "encoder:fr": 1, None: 1}])
+def test_a_name_with_its_place_is_the_same_adapter(counts):
+    """A mean was taken for each way to write it."""
+    losses = torch.tensor([3.0, 6.0, 9.0, 5.0])
+    mean = mean_per_adapter(losses, ["fr", "encoder:fr", "fr", None], counts=counts)
+    assert mean == 6.0 + 5.0
+
+
+@pytest.mark.parametrize("change", ["add", "rename", "remove"])
+def test_samples_are_known_after_adapters_changed(change, model):
+    """What was counted before was forgotten, and adapters without samples were stepped."""
+    optimizer = AdamW(model, lr=0.1, weight_decay=0.5)
+    before = {name: state_of(model, name) for name in NAMES}
+    x, target = batch(0, ["a1"] * 3)
+    with route_adapters(model, ids_of(model, ["a1"] * 3)):
+        losses_of(model(x), target).mean().backward()
+    names = {name: name for name in NAMES}
+    for host in (model[0], model[2]):
+        if change == "add":
+            host.add_adapter("new", config())
+        elif change == "remove":
+            host.remove_adapter("1")
+            names.pop("1", None)
+        else:
+            host.rename_adapter("a1", "other")
+            names["a1"] = "other"
+    optimizer.step()
+    for old, new in names.items():
+        same = all(map(torch.equal, state_of(model, new), before[old]))
+        assert same == (old != "a1")
