@@ -13,8 +13,10 @@ from adapter_ext.any_model import (
     checkpoint_context,
     load_adapters,
     remove_adapter,
+    rename_adapter,
     save_adapters,
     set_enabled_adapters,
+    unfreeze_enabled_adapters,
 )
 from adapter_ext.files import FileError
 from adapter_ext.injection import eject, inject
@@ -88,11 +90,13 @@ __all__ = [
     "register_adapter",
     "register_target",
     "remove_adapter",
+    "rename_adapter",
     "reset_adapter_losses",
     "route",
     "route_adapters",
     "save_adapters",
     "set_access_cfg",
     "set_enabled_adapters",
+    "unfreeze_enabled_adapters",
     "update_module_class_with_adapter_class",
 ]

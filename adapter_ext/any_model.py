@@ -22,6 +22,7 @@ from adapter_ext.mixin import (
     hosts_of,
     named_hosts,
     routes_in_force,
+    unfreeze_adapters,
     unwrapped,
 )
 from adapter_ext.model_mixin import AdapterModelPTMixin, chosen, load_states, refill
@@ -75,6 +76,44 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     with transaction(hosts, removed=name):
         for host in hosts.values():
             host.remove_adapter(name)
+
+
+def rename_adapter(model: nn.Module, old: str, new: str) -> None:
+    """Renames an adapter in all hosts of a model; it keeps its place among the others.
+
+    Args:
+        model: any module with hosts.
+        old: its name.
+        new: its new name.
+
+    Raises:
+        TypeError: if model is no ``nn.Module``.
+        ValueError: if there is no adapter of the old name, the new one is taken, reserved or
+            malformed, there are no hosts, or they belong to a model that has their configuration.
+    """
+    hosts = _own_hosts(model)
+    having = _having(hosts, old)
+    check_adapter_name(new, [name for name in _names(hosts) if name != old or new == old])
+    with transaction(having):
+        for host in having.values():
+            host.rename_adapter(old, new)
+
+
+def unfreeze_enabled_adapters(model: nn.Module, freeze_batchnorm: bool = True) -> None:
+    """Prepares the enabled adapters of a model for training; freeze everything else beforehand.
+
+    See :meth:`AdapterModuleMixin.unfreeze_enabled_adapters`.
+
+    Args:
+        model: any module with hosts.
+        freeze_batchnorm: freeze the batch norms that belong to no adapter.
+
+    Raises:
+        TypeError: if model is no ``nn.Module``.
+        ValueError: if there are no hosts, or they belong to a model that has their configuration.
+    """
+    _own_hosts(model)
+    unfreeze_adapters(model, freeze_batchnorm)
 
 
 def set_enabled_adapters(model: nn.Module, name: str | None = None, enabled: bool = True) -> None:

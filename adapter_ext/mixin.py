@@ -387,27 +387,12 @@ class AdapterModuleMixin(ABC):
 
         Args:
             freeze_batchnorm: freeze the batch norms that belong to no adapter: their parameters
-                require no grad, and they stay in evaluation mode, later calls of ``train()``
-                notwithstanding, so that they neither change nor compute something else than
-                without adapters. Set a norm's ``track_running_stats`` to True to undo it.
+                require no grad, and they go on using their running statistics, even after
+                ``train()`` (each call of one puts it back into evaluation mode), so that they
+                neither change nor compute something else than without adapters. Set a norm's
+                ``track_running_stats`` to True to undo it.
         """
-        hosts = hosts_of(self._host())
-        if freeze_batchnorm:
-            of_adapters = {
-                m for host in hosts for a in host._adapters().values() for m in a.modules()
-            }
-            for module in self._host().modules():
-                if isinstance(module, _BatchNorm) and module not in of_adapters:
-                    _freeze_batchnorm(module)
-        for host in hosts:
-            for name, adapter in host._adapters().items():
-                if name not in host._enabled_adapters:
-                    continue
-                adapter.train()
-                getattr(adapter, "adapter_unfreeze", adapter.requires_grad_)()
-                for module in adapter.modules():
-                    if isinstance(module, _BatchNorm):
-                        module.track_running_stats = True
+        unfreeze_adapters(self._host(), freeze_batchnorm)
 
     # --- Running ----------------------------------------------------------------------------------
 
@@ -670,6 +655,25 @@ def adapter_losses(model: nn.Module) -> dict[str, Tensor]:
 def reset_adapter_losses(model: nn.Module) -> None:
     """Forgets the auxiliary losses of the adapters of any module and its submodules."""
     AccessMixin.reset_registry(model, ADAPTER_LOSS)
+
+
+def unfreeze_adapters(model: nn.Module, freeze_batchnorm: bool) -> None:
+    """See :meth:`AdapterModuleMixin.unfreeze_enabled_adapters`."""
+    hosts = hosts_of(model)
+    if freeze_batchnorm:
+        of_adapters = {m for host in hosts for a in host._adapters().values() for m in a.modules()}
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module not in of_adapters:
+                _freeze_batchnorm(module)
+    for host in hosts:
+        for name, adapter in host._adapters().items():
+            if name not in host._enabled_adapters:
+                continue
+            adapter.train()
+            getattr(adapter, "adapter_unfreeze", adapter.requires_grad_)()
+            for module in adapter.modules():
+                if isinstance(module, _BatchNorm):
+                    module.track_running_stats = True
 
 
 def floating_tensor(module: nn.Module) -> Tensor | None:

@@ -1202,3 +1202,42 @@ def test_enabling_that_fails_changes_no_host():
     for host in model:
         assert host.get_enabled_adapters() == ["a", "b"]
         assert host.adapter_cfg.a.enabled
+
+
+def test_renaming_in_all_hosts_or_in_none():
+    model = nn.Sequential(make_block("a", "b"), make_block("b", "a"), make_block("b"))
+    ax.rename_adapter(model, "a", "z")
+    assert [host.get_enabled_adapters() for host in model] == [["z", "b"], ["b", "z"], ["b"]]
+    assert model[0].adapter_cfg.z.dim == make_block("a").adapter_cfg.a.dim
+    for new in ("b", "keys", "x.y"):
+        with pytest.raises(ValueError, match="adapter"):
+            ax.rename_adapter(model, "z", new)
+    with pytest.raises(ValueError, match="no adapter named 'a'"):
+        ax.rename_adapter(model, "a", "c")
+
+    def failing(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model[1].rename_adapter = failing
+    with pytest.raises(KeyboardInterrupt):
+        ax.rename_adapter(model, "z", "y")
+    assert [list(host._adapters()) for host in model] == [["z", "b"], ["b", "z"], ["b"]]
+    assert [list(host.adapter_cfg) for host in model] == [["z", "b"], ["b", "z"], ["b"]]
+
+
+@pytest.mark.parametrize("freeze_batchnorm", [True, False])
+def test_unfreezing_in_all_hosts(freeze_batchnorm):
+    model = nn.Sequential(make_block("a", "b"), nn.BatchNorm1d(3), make_block("b"))
+    ax.set_enabled_adapters(model, "a", False)
+    model.requires_grad_(False)
+    model[1].requires_grad_(True)
+    ax.unfreeze_enabled_adapters(model, freeze_batchnorm)
+    trained = {
+        name.split(".")[2]
+        for name, p in model.named_parameters()
+        if p.requires_grad and "layer" in name
+    }
+    assert trained == {"b"}
+    assert all(p.requires_grad != freeze_batchnorm for p in model[1].parameters())
+    with pytest.raises(ValueError, match="call inject"):
+        ax.unfreeze_enabled_adapters(nn.Linear(2, 2))
