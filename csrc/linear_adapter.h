@@ -121,7 +121,7 @@ class LinearAdapterArguments {
     const int64_t dims = stack ? 3 : 2;
     p_.weight_type = count ? data_type({kOp, "down", 0}, down[0]) : p_.data_type;
     const ScalarType x_type = x_.scalar_type(), type = count ? down[0].scalar_type() : x_type;
-    p_.hidden_stride = 0;
+    p_.largest_bottleneck = 0;
     views_.resize(count);
     // A parameter of a list may be a transposed tensor. A stack is too much to be copied unasked.
     const auto in_rows = [&](const Tensor& tensor) -> const Tensor& {
@@ -177,7 +177,7 @@ class LinearAdapterArguments {
                    down_rows.stride(dims - 2),
                    up_rows.stride(dims - 2),
                    r};
-      p_.hidden_stride = r > p_.hidden_stride ? r : p_.hidden_stride;
+      p_.largest_bottleneck = r > p_.largest_bottleneck ? r : p_.largest_bottleneck;
     }
     if (stack) {
       const int64_t size = size_of(p_.weight_type);
@@ -257,7 +257,7 @@ struct LinearAdapterResults {
 // What the forward leaves for the backward in one tensor, since each costs a call some
 // microseconds: hidden [rows, r], mean [rows], rstd [rows] in the accumulate type.
 inline std::vector<int64_t> saved_shape(const LinearAdapterProblem& problem) {
-  return {problem.rows * (problem.hidden_stride + 2)};
+  return {problem.rows * (problem.largest_bottleneck + 2)};
 }
 
 template <class Problem>
@@ -265,8 +265,8 @@ void set_saved(Problem& problem, const Tensor& saved) {
   const int64_t size = problem.data_type == DataType::kFloat64 ? 8 : 4;
   char* start = static_cast<char*>(saved.data_ptr());
   problem.hidden = start;
-  problem.mean = start + problem.rows * problem.hidden_stride * size;
-  problem.rstd = start + problem.rows * (problem.hidden_stride + 1) * size;
+  problem.mean = start + problem.rows * problem.largest_bottleneck * size;
+  problem.rstd = start + problem.rows * (problem.largest_bottleneck + 1) * size;
 }
 
 // What the backward needs is saved only where `save` says so.
@@ -380,7 +380,7 @@ TensorList linear_adapter_backward(const Tensor& grad_y, const std::optional<Ten
     // Each adapter's gradients within the stacks, which are contiguous.
     const AdapterGradients first = gradients[0];
     const int64_t size = size_of(problem.weight_type);
-    const int64_t width = problem.hidden_size, matrix = width * problem.hidden_stride;
+    const int64_t width = problem.hidden_size, matrix = width * problem.largest_bottleneck;
     gradients.resize(static_cast<size_t>(problem.routing.adapters));
     for (int64_t a = 0; a < problem.routing.adapters; ++a) {
       const auto at = [&](void* base, int64_t elements) -> void* {

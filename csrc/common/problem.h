@@ -78,7 +78,7 @@ struct LinearAdapterProblem {
   const int64_t* seed;      // one element; null where there is nothing to draw
   int64_t rows;
   int64_t hidden_size;
-  int64_t hidden_stride;  // of the saved bottleneck activations: the largest r
+  int64_t largest_bottleneck;  // r; saved activations have as many elements a row
   RoutingView routing;
   AdapterTable adapters;
   const void* l2_lambda;  // [adapters] in the accumulate type; null: no auxiliary loss
@@ -89,7 +89,7 @@ struct LinearAdapterForward : LinearAdapterProblem {
   void* y;        // [rows, D]
   void* aux;      // [adapters], accumulate type
   // Saved for the backward, in the accumulate type; all null in inference.
-  void* hidden;  // [rows, hidden_stride], before the activation
+  void* hidden;  // [rows, largest_bottleneck], before the activation
   void* mean;    // [rows]
   void* rstd;    // [rows]
 };

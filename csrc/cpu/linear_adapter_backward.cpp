@@ -188,7 +188,7 @@ struct Tiles {
 
   Tiles(const LinearAdapterBackward& problem, int64_t tasks) {
     constexpr int64_t sum_bytes = 512 << 10, least_columns = 64;  // a multiple of every panel
-    const int64_t column_bytes = 2 * padded<C>(problem.hidden_stride) * int64_t{sizeof(C)};
+    const int64_t column_bytes = 2 * padded<C>(problem.largest_bottleneck) * int64_t{sizeof(C)};
     const int64_t fitting = std::max(sum_bytes / column_bytes, least_columns);
     const auto pieces = [&](int64_t size) { return (problem.hidden_size + size - 1) / size; };
     const int64_t wanted = (pieces(fitting) + tasks - 1) / tasks * tasks;
@@ -219,7 +219,7 @@ struct Ranges {
     part_rows = Matrix::kRows;
     if (carry) {
       constexpr int64_t kept_bytes = 1 << 20, least_rows = 1024;  // entering the passes takes time
-      const int64_t row_bytes = 2 * padded<C>(problem.hidden_stride) * int64_t{sizeof(C)};
+      const int64_t row_bytes = 2 * padded<C>(problem.largest_bottleneck) * int64_t{sizeof(C)};
       const int64_t wanted = std::max(kept_bytes / row_bytes, least_rows);
       part_rows *= (wanted + part_rows - 1) / part_rows;
     }
@@ -265,8 +265,8 @@ class RowResults {
 
   // For ranges of at most so many rows and segments.
   RowResults(const LinearAdapterBackward& p, int64_t rows, int64_t segments, int64_t carried_size)
-      : RowResults(rows, segments, p.hidden_stride, carried_size,
-                   Scratch(2, 2 * Matrix::bytes(rows, segments, p.hidden_stride) +
+      : RowResults(rows, segments, p.largest_bottleneck, carried_size,
+                   Scratch(2, 2 * Matrix::bytes(rows, segments, p.largest_bottleneck) +
                                   Scratch::bytes<C>(2 * rows) + Scratch::bytes<C>(carried_size))) {}
 
  private:
@@ -311,6 +311,10 @@ struct OutputGradient {
            static_cast<const C*>(p.grad_aux)[segment.adapter] /
            static_cast<double>(segment.adapter_samples);
   }
+  // do of dy, scale · mask, and the output o.
+  Vector<C> get(Vector<C> grad_y, Vector<C> masked_scale, Vector<C> o) const {
+    return (grad_y + kappa * masked_scale * o) * masked_scale;
+  }
   bool penalized() const { return kappa[0] != C(0); }
   // Whether do is dy.
   bool stored(const Dropout& dropout) const {
@@ -323,7 +327,7 @@ template <class X>
 int64_t first_pass_pieces(const LinearAdapterBackward& p, const Segment& segment, int64_t first,
                           int64_t count, Ahead::Piece* to) {
   using C = Accumulate<X>;
-  const int64_t r = p.hidden_stride, width = p.hidden_size;
+  const int64_t r = p.largest_bottleneck, width = p.hidden_size;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = Plan::row(segment, p.routing.rows_per_sample, first + i);
     to[2 * i] = {static_cast<const C*>(p.hidden) + row * r, r * int64_t{sizeof(C)}};
@@ -367,7 +371,7 @@ class RowPass {
         stride_(padded<C>(block_columns_) + kRowPadding<C>),
         gradient_stride_(pre_ ? steps<Product>(block_columns_) + kRowPadding<C> : stride_),
         hidden_stride_(scratch_stride<C>(problem)) {
-    const int64_t r = std::max<int64_t>(p_.hidden_stride, 1);
+    const int64_t r = std::max<int64_t>(p_.largest_bottleneck, 1);
     const int64_t up_size = Weights::size(width_, r);
     const int64_t up_transposed_size = Weights::size(r, width_);
     Scratch scratch(0, Scratch::bytes<C>(up_size) + Scratch::bytes<C>(up_transposed_size) +
@@ -557,7 +561,8 @@ class RowPass {
     const int64_t r = view_.bottleneck;
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
-        const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
+        const C* h =
+            static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.largest_bottleneck;
         C* z = results_.activated.row(segment, first + i);
         for_each_vector<C>(r, [&](int64_t j, auto extent) {
           const auto v = activate<activation, VectorMath<C>>(load<C>(h + j, extent));
@@ -614,13 +619,13 @@ class RowPass {
         if (masked) scale *= load<C>(mask_ + offset, extent);
         Vector<C> d = load<C>(grad_y + c, extent);
         if (pre_) {
-          if (wants_out_) d += of_output.kappa * scale * load<C>(out + c, extent);
-          return Product::store(gradient, c, d * scale, extent);
+          d = wants_out_ ? of_output.get(d, scale, load<C>(out + c, extent)) : d * scale;
+          return Product::store(gradient, c, d, extent);
         } else {
           const Vector<C> weight = load<C>(norm_weight_ + c, extent);
           const Vector<C> normalized = (load<C>(out + c, extent) - splat<C>(mean)) * splat<C>(rstd);
           const Vector<C> o = normalized * weight + load<C>(norm_bias_ + c, extent);
-          d = (d + of_output.kappa * scale * o) * scale * weight;
+          d = of_output.get(d, scale, o) * weight;
           sum += d;
           product_sum += d * normalized;
           store<C>(out + c, normalized, extent);
@@ -648,7 +653,8 @@ class RowPass {
     const int64_t r = view_.bottleneck;
     dispatch_activation(p_.activation, [&]<Activation activation>() {
       for (int64_t i = 0; i < count; ++i) {
-        const C* h = static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.hidden_stride;
+        const C* h =
+            static_cast<const C*>(p_.hidden) + row(segment, first + i) * p_.largest_bottleneck;
         const int64_t position = segment.first_position + first + i;
         Vector<C> sum = {}, product_sum = {};
         C* dz = hidden_gradient_ + i * hidden_stride_;
@@ -712,16 +718,16 @@ class ColumnPass {
         width_(problem.hidden_size),
         sum_stride_(tiles.sum_stride()),
         streams_(streams) {
-    const int64_t weights = Weights::size(p_.hidden_stride, tiles.columns);
+    const int64_t weights = Weights::size(p_.largest_bottleneck, tiles.columns);
     const int64_t operand = steps<Product>(kRows) * kPartStride;
     Scratch scratch(
         1, 2 * Scratch::bytes<C>(weights) +
-               Scratch::bytes<C>(tiles.sum_size(problem.hidden_stride)) +
+               Scratch::bytes<C>(tiles.sum_size(problem.largest_bottleneck)) +
                2 * Scratch::bytes<C>(operand) + 2 * Scratch::bytes<C>(kRows * kPartStride) +
                2 * Scratch::bytes<C>(sum_stride_) + 2 * Scratch::bytes<C>(kPartColumns));
     packed_down_ = scratch.take<C>(weights);
     packed_up_ = scratch.take<C>(weights);
-    own_sums_ = scratch.take<C>(tiles.sum_size(problem.hidden_stride));
+    own_sums_ = scratch.take<C>(tiles.sum_size(problem.largest_bottleneck));
     x_ = scratch.take<C>(operand);
     gradient_ = scratch.take<C>(operand);
     out_ = scratch.take<C>(kRows * kPartStride);
@@ -787,10 +793,11 @@ class ColumnPass {
     const bool wants_out = !pre_ || of_output.penalized();
     const bool wants_gradient = wanted.up_sum || (!pre_ && wanted.norm);
     const AdapterGradients& gradients = p_.gradients[segment.adapter];
-    const int64_t matrix_size = padded<C>(p_.hidden_stride) * sum_stride_;
+    const int64_t matrix_size = padded<C>(p_.largest_bottleneck) * sum_stride_;
     C* own_sums = own_sums_;
     if (results_.carried && segment.rows < segment.adapter_rows) {
-      own_sums = results_.carried + column / tiles_.columns * tiles_.sum_size(p_.hidden_stride);
+      own_sums =
+          results_.carried + column / tiles_.columns * tiles_.sum_size(p_.largest_bottleneck);
     }
     const Sums down_sum =
         sums(segment, gradients.down, column, width_, columns, own_sums, sum_stride_);
@@ -1023,13 +1030,12 @@ class ColumnPass {
         Vector<C> scale = of_output.scale;
         if (masked) scale *= load<C>(mask + c, extent);
         if (pre_) {
-          if (penalized) d += of_output.kappa * scale * load<C>(out + c, extent);
-          return d * scale;
+          return penalized ? of_output.get(d, scale, load<C>(out + c, extent)) : d * scale;
         }
         const Vector<C> weight = load<C>(norm_weight + c, extent);
         const Vector<C> normalized = (load<C>(out + c, extent) - mean) * rstd;
         const Vector<C> o = normalized * weight + load<C>(norm_bias + c, extent);
-        d = (d + of_output.kappa * scale * o) * scale;
+        d = of_output.get(d, scale, o);
         store<C>(weight_sum + c, load<C>(weight_sum + c, extent) + d * normalized, extent);
         store<C>(bias_sum + c, load<C>(bias_sum + c, extent) + d, extent);
         return rstd * (d * weight - splat<C>(sums[0]) - normalized * splat<C>(sums[1]));
@@ -1196,7 +1202,7 @@ void clear_unused(const LinearAdapterBackward& p, const Plan& plan, const Parall
     }
   }
   const int64_t count = static_cast<int64_t>(unused.size()), size = size_of(p.weight_type);
-  const int64_t most = 2 * (p.hidden_stride + 1) * p.hidden_size * size;
+  const int64_t most = 2 * (p.largest_bottleneck + 1) * p.hidden_size * size;
   const int64_t tasks = std::min(memory_tasks(count * most, parallel), std::max<int64_t>(count, 1));
   parallel(tasks, [&](int64_t task) {
     for (int64_t i = task * count / tasks; i < (task + 1) * count / tasks; ++i) {
@@ -1229,7 +1235,7 @@ void run_by_adapters(const LinearAdapterBackward& problem, const Plan& plan, int
     [[maybe_unused]] const typename Product::Setup setup;
     RowResults<C, Product> results(
         problem, std::min(longest, ranges.most_rows), 1,
-        carries ? tiles.count * tiles.sum_size(problem.hidden_stride) : 0);
+        carries ? tiles.count * tiles.sum_size(problem.largest_bottleneck) : 0);
     RowPass<X, Product> rows(problem, plan, results);
     ColumnPass<X, Product> columns(problem, plan, results, tiles, streamed);
     const auto is_own = [&](const Segment& segment) {
@@ -1270,7 +1276,7 @@ void run_by_ranges(const LinearAdapterBackward& problem, const Plan& plan, int64
   const Ranges<C, Product> ranges(problem, tiles, false);
   const bool carries = longest > ranges.most_rows;
   Results results(problem, std::min(plan.active.rows, ranges.most_rows), count,
-                  carries ? tiles.count * tiles.sum_size(problem.hidden_stride) : 0);
+                  carries ? tiles.count * tiles.sum_size(problem.largest_bottleneck) : 0);
   const bool columns_shared = shares_columns(problem, plan, threads);
   std::unique_ptr<C[]> shared;
   if (columns_shared) shared.reset(new C[static_cast<size_t>(Rows::shared_elements(problem))]);

@@ -119,7 +119,7 @@ class Forward {
         out_columns_(pre_ ? kColumnBlock : width_),
         out_stride_(padded<C>(out_columns_) + kRowPadding<C>),
         streams_(streams<X>(problem.y, plan.active.rows, problem.hidden_size)) {
-    const int64_t r = p_.hidden_stride;
+    const int64_t r = p_.largest_bottleneck;
     const int64_t down_size = WeightOperand<X, Product>::size(width_, r);
     const int64_t up_size = WeightOperand<X, Product>::size(r, width_);
     Scratch scratch(0, Scratch::bytes<C>(down_size) + Scratch::bytes<C>(up_size) +
@@ -252,9 +252,9 @@ class Forward {
     const int64_t end = hidden.first + hidden.columns;
     for (int64_t i = 0; i < count; ++i) {
       const C* from = hidden_ + i * hidden_stride_;
-      C* to = static_cast<C*>(p_.hidden) + row_[i] * p_.hidden_stride;
+      C* to = static_cast<C*>(p_.hidden) + row_[i] * p_.largest_bottleneck;
       std::copy(from + hidden.first, from + end, to + hidden.first);
-      if (end == view_.bottleneck) std::fill(to + end, to + p_.hidden_stride, C(0));
+      if (end == view_.bottleneck) std::fill(to + end, to + p_.largest_bottleneck, C(0));
     }
   }
 
@@ -419,7 +419,7 @@ void forward(const LinearAdapterForward& problem, const Parallel& parallel) {
     const auto clear = [&](void* saved, int64_t columns) {
       std::fill_n(static_cast<C*>(saved) + row * columns, count * columns, C(0));
     };
-    clear(problem.hidden, problem.hidden_stride);
+    clear(problem.hidden, problem.largest_bottleneck);
     clear(problem.mean, 1);
     clear(problem.rstd, 1);
   });

@@ -25,7 +25,7 @@ inline constexpr int64_t kMostBlockRows = 96;
 // The distance of rows of the bottleneck's activations in scratch.
 template <class C>
 ADAPTER_EXT_HOST_DEVICE int64_t scratch_stride(const LinearAdapterProblem& problem) {
-  return padded<C>(std::max<int64_t>(problem.hidden_stride, 1)) + kRowPadding<C>;
+  return padded<C>(std::max<int64_t>(problem.largest_bottleneck, 1)) + kRowPadding<C>;
 }
 
 // Rows of a block: as many as keep x, and scratch of its size, in a second-level cache, but not so
@@ -37,7 +37,7 @@ ADAPTER_EXT_HOST_DEVICE int64_t block_rows(const LinearAdapterProblem& problem) 
   if (Product::kStepGroup > 1) return kMostBlockRows;
   const int64_t row_bytes = problem.hidden_size * static_cast<int64_t>(sizeof(C));
   const int64_t fitting = (192 << 10) / row_bytes / kTileRows * kTileRows;
-  const int64_t r = problem.hidden_stride;
+  const int64_t r = problem.largest_bottleneck;
   return std::clamp<int64_t>(fitting, r > 128 ? 96 : r > 32 ? 48 : 24, kMostBlockRows);
 }
 
@@ -416,7 +416,7 @@ static void for_each_untouched(const LinearAdapterProblem& problem, const Plan& 
 // for those.
 inline bool shares_columns(const LinearAdapterProblem& problem, const Plan& plan, int64_t tasks) {
   constexpr int64_t worthwhile = 1 << 18;  // elements of a weight; entering tasks takes time too
-  const int64_t r = problem.hidden_stride;
+  const int64_t r = problem.largest_bottleneck;
   bool few_rows = true;
   for (const Segment& segment : plan.active.segments) {
     few_rows = few_rows && segment.rows <= std::min(kMostBlockRows, r / 2);
@@ -429,7 +429,7 @@ inline bool shares_columns(const LinearAdapterProblem& problem, const Plan& plan
 // What an adapter costs whatever its rows are, in rows: its weights come from memory, and some are
 // packed. A row costs more than its products where the bottleneck is small.
 inline int64_t weight_rows(const LinearAdapterProblem& problem) {
-  return problem.hidden_stride > 32 ? 16 : 8;
+  return problem.largest_bottleneck > 32 ? 16 : 8;
 }
 
 // Rows of a segment that are worked on together.

@@ -40,7 +40,7 @@ struct ColumnLayout {
 
 struct BackwardParams {
   LinearAdapterBackward problem;
-  Parts parts;
+  RowRanges ranges;
   Chance depth, dropout;
   Divisor sample_rows;
   int64_t padded;  // the bottleneck, in whole steps of 16
@@ -48,7 +48,7 @@ struct BackwardParams {
   void* hidden_gradients;  // dh: operands [rows, padded], by position
   void* activated;         // z: likewise
   void* row_sums;          // [rows, 4], by position: mean, rstd, and two of ColumnLayout
-  void* vectors;           // [adapters, 2, hidden_stride]: c1, c0
+  void* vectors;           // [adapters, 2, largest_bottleneck]: c1, c0
   void* partials;          // [2 (rows / range + 1), column blocks, partial_size]
   ColumnLayout layout;
   // First kernel, in bytes: up [kStep, 64] and dy as it is, of kStages steps (see kPartStages); du,
@@ -189,7 +189,7 @@ template <class X, class C>
 __global__ __launch_bounds__(kThreads) void vectors_kernel(
     const __grid_constant__ BackwardParams params) {
   const LinearAdapterBackward& b = params.problem;
-  const unsigned groups = static_cast<unsigned>((b.hidden_stride + kWarps - 1) / kWarps);
+  const unsigned groups = static_cast<unsigned>((b.largest_bottleneck + kWarps - 1) / kWarps);
   const int64_t a = blockIdx.x / groups;
   const int64_t j = blockIdx.x % groups * kWarps + threadIdx.x / 32;
   const AdapterView view = params.adapters.view(a);
@@ -234,9 +234,9 @@ __global__ __launch_bounds__(kThreads) void vectors_kernel(
   weight_sum = sum_over_lanes<32>(weight_sum);
   bias_sum = sum_over_lanes<32>(bias_sum);
   if (lane == 0) {
-    C* to = static_cast<C*>(params.vectors) + 2 * a * b.hidden_stride + j;
+    C* to = static_cast<C*>(params.vectors) + 2 * a * b.largest_bottleneck + j;
     to[0] = weight_sum;
-    to[b.hidden_stride] = bias_sum;
+    to[b.largest_bottleneck] = bias_sum;
   }
 }
 
@@ -255,8 +255,8 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
   const LinearAdapterBackward& b = params.problem;
   const SharedLayout& layout = params.layout.rows;
   const Depth depth{b, params.depth, params.sample_rows};
-  const Segment segment = params.parts.find(b.routing, blockIdx.x);
-  const int64_t first = segment.begin + segment.part * rows;
+  const Segment segment = params.ranges.find(b.routing, blockIdx.x);
+  const int64_t first = segment.begin + segment.range * rows;
   if (first >= segment.end) return;
   const int count = segment.end - first < rows ? static_cast<int>(segment.end - first) : rows;
   const int64_t width = b.hidden_size;
@@ -287,7 +287,7 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
   const auto own_column = [] { return thread_index() % across * n; };
   const int padded = static_cast<int>(params.padded);
   const auto load_hidden = [&](int i, int j, C(&h)[n]) {
-    const int stride = static_cast<int>(b.hidden_stride);
+    const int stride = static_cast<int>(b.largest_bottleneck);
     load(h, static_cast<const C*>(b.hidden) + tile.row()[i] * stride + j, i < count ? r - j : 0,
          stride % n == 0);
   };
@@ -490,7 +490,7 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
     hidden_gradient.template store<Space::kShared>(sums, kSumPitch<C>);
     __syncthreads();
     const int j = block * kBlock + own_column();
-    const bool whole = b.hidden_stride % n == 0;
+    const bool whole = b.largest_bottleneck % n == 0;
 #pragma unroll 1
     for (int i = own_row(); i < rows; i += down) {
       const bool is_active = i < count && tile.active()[i];
@@ -503,10 +503,11 @@ __launch_bounds__(S::kThreads, (kResident<S, typename P::Sum>)) void backward_ro
       store_vector(static_cast<T*>(params.hidden_gradients) + first * padded, i, j, dh);
       if (!tile.pre) continue;
       // Over a row's elements in one order, whatever the tile.
-      const C* from = static_cast<const C*>(params.vectors) + 2 * segment.adapter * b.hidden_stride;
+      const C* from =
+          static_cast<const C*>(params.vectors) + 2 * segment.adapter * b.largest_bottleneck;
       C weight_vector[n], bias_vector[n];  // down γ and down β
       load(weight_vector, from + j, r - j, whole);
-      load(bias_vector, from + b.hidden_stride + j, r - j, whole);
+      load(bias_vector, from + b.largest_bottleneck + j, r - j, whole);
       C mean_part = 0, product_part = 0;
 #pragma unroll
       for (int e = 0; e < n; ++e) {
@@ -718,7 +719,7 @@ class WeightGradients {
 template <class C>
 __device__ __forceinline__ C* partial(const BackwardParams& params, const Segment& segment,
                                       int64_t part, int64_t column_block) {
-  const int64_t slot = 2 * (params.parts.size.divide(segment.begin) + part) + (part == 0);
+  const int64_t slot = 2 * (params.ranges.size.divide(segment.begin) + part) + (part == 0);
   return static_cast<C*>(params.partials) +
          (slot * params.column_blocks + column_block) * params.partial_size();
 }
@@ -808,15 +809,15 @@ __global__ __launch_bounds__(
   const Depth depth{b, params.depth, params.sample_rows};
   const auto range = [&]() -> RowRange<C>& { return *shared_at<RowRange<C>>(layout.range); };
   {
-    const Segment found = params.parts.find(b.routing, blockIdx.x / column_blocks);
+    const Segment found = params.ranges.find(b.routing, blockIdx.x / column_blocks);
     if (found.adapter >= b.routing.adapters) return;
     params.adapters.share(found.adapter, layout.rows.adapter);
     if (thread_index() == 0) {
-      const int64_t first = found.begin + found.part * params.parts.size.value;
-      const int64_t end = first + params.parts.size.value;
-      const bool whole = found.end - found.begin <= params.parts.size.value;
+      const int64_t first = found.begin + found.range * params.ranges.size.value;
+      const int64_t end = first + params.ranges.size.value;
+      const bool whole = found.end - found.begin <= params.ranges.size.value;
       range() = {found, first, end < found.end ? end : found.end,
-                 whole ? nullptr : partial<C>(params, found, found.part, column_block)};
+                 whole ? nullptr : partial<C>(params, found, found.range, column_block)};
     }
     __syncthreads();
   }
@@ -825,7 +826,7 @@ __global__ __launch_bounds__(
   const Wanted wanted{b, adapter.gradients};
   const WeightGradients<X, P> weight_gradients(b, adapter, column_block, layout.norm_sums);
   if (range().first >= segment.end || !depth.keeps_adapter(segment.adapter)) {
-    if (segment.part == 0) weight_gradients.clear();
+    if (segment.range == 0) weight_gradients.clear();
     return;
   }
   const bool pre = b.norm_position == NormPosition::kPre;
@@ -1194,12 +1195,12 @@ __global__ __launch_bounds__(LargeTile::kThreads) void backward_ranges_kernel(
   const unsigned column_blocks = static_cast<unsigned>(params.column_blocks);
   const bool second = blockIdx.x % 2;  // of two blocks: the gradient of up, and the others
   const int64_t column_block = blockIdx.x / 2 % column_blocks;
-  const int64_t a = blockIdx.x / 2 / column_blocks, range = params.parts.size.value;
+  const int64_t a = blockIdx.x / 2 / column_blocks, range = params.ranges.size.value;
   const Segment segment{static_cast<int>(a), first_position(b.routing, a),
                         first_position(b.routing, a + 1), 0};
   const int64_t length = segment.end - segment.begin;
   if (length <= range || !Depth{b, params.depth, params.sample_rows}.keeps_adapter(a)) return;
-  const int64_t ranges = params.parts.size.divide(length + range - 1);
+  const int64_t ranges = params.ranges.size.divide(length + range - 1);
   C* const total = shared_at<C>(0);                     // [64, 64]
   C* const hidden_sum = total + kBlock * kSumPitch<C>;  // [64]
   constexpr int norm_sums = (kBlock * kSumPitch<C> + kBlock) * static_cast<int>(sizeof(C));
@@ -1323,8 +1324,8 @@ bool backward_rows(const BackwardCall& call, BackwardParams& params) {
   }
   room = SharedRoom(std::max(room.bytes(), sums.bytes()));
   if (room.bytes() > call.limits.shared_memory) return false;
-  params.parts = Parts::make(b, rows, false);
-  launch("linear_adapter_backward: rows", &backward_rows_kernel<X, P, S>, params.parts.blocks,
+  params.ranges = RowRanges::make(b, rows, false);
+  launch("linear_adapter_backward: rows", &backward_rows_kernel<X, P, S>, params.ranges.blocks,
          S::kThreads, room.bytes(), call.stream, params);
   return true;
 }
@@ -1335,7 +1336,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
   using C = typename P::Sum;
   const LinearAdapterBackward& b = call.problem;
   auto params = call.params<BackwardParams>();
-  params.padded = round_up(std::max<int64_t>(b.hidden_stride, 1), 16);
+  params.padded = round_up(std::max<int64_t>(b.largest_bottleneck, 1), 16);
   params.column_blocks = (b.hidden_size + kBlock - 1) / kBlock;
   params.whole = b.hidden_size % kBlock == 0 && is_aligned(b.x) && is_aligned(b.grad_y) &&
                  is_aligned(b.grad_x);
@@ -1349,7 +1350,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
   params.hidden_gradients = workspace.take<T>(b.rows * params.padded);
   params.activated = workspace.take<T>(b.rows * params.padded);
   params.row_sums = workspace.take<C>(4 * b.rows);
-  params.vectors = workspace.take<C>(2 * adapters * b.hidden_stride);
+  params.vectors = workspace.take<C>(2 * adapters * b.largest_bottleneck);
   if (b.rows > range) {
     const int64_t slots = 2 * (b.rows / range + 1);
     params.partials = workspace.take<C>(slots * params.column_blocks * params.partial_size());
@@ -1359,7 +1360,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
     return;
   }
   if (b.norm_position == NormPosition::kPre && adapters > 0 && b.rows > 0) {
-    const int64_t groups = (b.hidden_stride + kWarps - 1) / kWarps;
+    const int64_t groups = (b.largest_bottleneck + kWarps - 1) / kWarps;
     launch("linear_adapter_backward: vectors", &vectors_kernel<X, C>, adapters * groups, kThreads,
            0, call.stream, params);
   }
@@ -1387,7 +1388,7 @@ void Backward<X, P>::run(const BackwardCall& call) {
     layout.vector_sums = room.take<C>(VectorSums<X, C, S::kWarps>::kSize);
   }
   if (wants_out(b)) layout.rows.sums = room.take<C>(rows * kSumPitch<C>);
-  const bool one_piece = layout.one_piece = b.hidden_stride <= kStep<P>;
+  const bool one_piece = layout.one_piece = b.largest_bottleneck <= kStep<P>;
   // The two second operands are never in use together, but `down` of one piece, which stays for all
   // rows, with one piece of `up`.
   const auto take_piece = [&] {
@@ -1427,9 +1428,9 @@ void Backward<X, P>::run(const BackwardCall& call) {
   const int64_t two_stages = std::max(room.bytes() + layout.stage_bytes, total.bytes());
   layout.stages = !wants_out(b) && 2 * two_stages + 1024 <= call.limits.shared_memory ? 2 : 1;
   room = SharedRoom(layout.stages > 1 ? two_stages : std::max(room.bytes(), total.bytes()));
-  params.parts = Parts::make(b, range, true);
+  params.ranges = RowRanges::make(b, range, true);
   launch("linear_adapter_backward: columns", &backward_columns_kernel<X, P>,
-         params.parts.blocks * params.column_blocks, S::kThreads, room.bytes(), call.stream,
+         params.ranges.blocks * params.column_blocks, S::kThreads, room.bytes(), call.stream,
          params);
   if (b.rows > range) {
     launch("linear_adapter_backward: ranges", &backward_ranges_kernel<X, P>,

@@ -21,8 +21,8 @@ __device__ void forward_untouched(const ForwardParams& params, int64_t first, in
     copy_row(static_cast<X*>(f.y) + row * width, static_cast<const X*>(f.x) + row * width, width,
              aligned);
     if (!f.hidden) continue;
-    for (int64_t j = lane; j < f.hidden_stride; j += 32) {
-      static_cast<C*>(f.hidden)[row * f.hidden_stride + j] = C(0);
+    for (int64_t j = lane; j < f.largest_bottleneck; j += 32) {
+      static_cast<C*>(f.hidden)[row * f.largest_bottleneck + j] = C(0);
     }
     if (lane == 0) static_cast<C*>(f.mean)[row] = static_cast<C*>(f.rstd)[row] = C(0);
   }
@@ -39,11 +39,11 @@ __device__ __forceinline__ bool forward_work(const ForwardParams& params, const 
       static_cast<C*>(f.aux)[a] = C(0);
     }
   }
-  segment = params.parts.find(f.routing, block);
-  first = segment.begin + segment.part * params.parts.size.value;
+  segment = params.ranges.find(f.routing, block);
+  first = segment.begin + segment.range * params.ranges.size.value;
   const int64_t left = segment.end - first;
   if (left <= 0) return false;
-  count = static_cast<int>(left < params.parts.size.value ? left : params.parts.size.value);
+  count = static_cast<int>(left < params.ranges.size.value ? left : params.ranges.size.value);
   if (segment.adapter < f.routing.adapters && depth.keeps_adapter(segment.adapter)) return true;
   if (first_of_tile) forward_untouched<X, C, S>(params, first, count);
   return false;
@@ -167,7 +167,7 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
   const int64_t begin = part_of(params.order.chunks, split, splits);
   const int64_t end = part_of(params.order.chunks, split + 1, splits);
   const bool whole = tile.whole(params.problem.x, params.problem.y);
-  const int stride = static_cast<int>(round_up(tile.f.hidden_stride, kVector<C>));
+  const int stride = static_cast<int>(round_up(tile.f.largest_bottleneck, kVector<C>));
   for (int block = 0; block * kBlock < tile.view.bottleneck; ++block) {
     const auto keep = [&](int64_t chunk, auto& sums) {
       C* to = static_cast<C*>(params.partials) + (chunk * tile.f.rows + first) * stride;
@@ -209,8 +209,8 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
   const unsigned splits = static_cast<unsigned>(params.splits);
   const int64_t split = blockIdx.x % splits;
   const Depth depth{f, params.depth, params.sample_rows};
-  const Segment segment = params.parts.find(f.routing, blockIdx.x / splits);
-  const int64_t first = segment.begin + segment.part * params.parts.size.value;
+  const Segment segment = params.ranges.find(f.routing, blockIdx.x / splits);
+  const int64_t first = segment.begin + segment.range * params.ranges.size.value;
   if (segment.adapter >= f.routing.adapters || first >= segment.end ||
       !depth.keeps_adapter(segment.adapter)) {
     return wait_for_previous();
@@ -229,7 +229,7 @@ __launch_bounds__(kThreads, (kResident<SmallTile, typename P::Sum>)) void forwar
   wait_for_previous();
   const int chunks = params.order.chunks;
   constexpr int n = kVector<C>;
-  const int stride = static_cast<int>(round_up(f.hidden_stride, n));
+  const int stride = static_cast<int>(round_up(f.largest_bottleneck, n));
   const int across = static_cast<int>(round_up(tile.view.bottleneck, kBlock)) / n;
   const int64_t chunk_step = f.rows * stride;
 #pragma unroll 1
@@ -347,8 +347,8 @@ bool parts_layout(const LinearAdapterForward& f, int64_t limit, bool resident,
 template <class X, class P, class S>
 void forward_parts(const ForwardCall& call, ForwardParams& params) {
   if constexpr (kByParts<X, P, S>) {
-    params.parts = Parts::make(call.problem, S::kRows, false);
-    launch("linear_adapter", &forward_parts_kernel<X, P, S>, params.parts.blocks, S::kThreads,
+    params.ranges = RowRanges::make(call.problem, S::kRows, false);
+    launch("linear_adapter", &forward_parts_kernel<X, P, S>, params.ranges.blocks, S::kThreads,
            params.layout.bytes, call.stream, params);
   }
 }
@@ -373,9 +373,9 @@ void forward_whole(const ForwardCall& call, ForwardParams& params) {
     if (kStages<X, P> && fits) take_stages<X, P>(layout, S::kRows, 1);
     take_x<X>(layout, S::kRows, f.hidden_size, limit);
   }
-  params.parts = Parts::make(f, S::kRows, false);
-  launch("linear_adapter", &forward_kernel<X, P, S>, params.parts.blocks, S::kThreads, layout.bytes,
-         call.stream, params);
+  params.ranges = RowRanges::make(f, S::kRows, false);
+  launch("linear_adapter", &forward_kernel<X, P, S>, params.ranges.blocks, S::kThreads,
+         layout.bytes, call.stream, params);
 }
 
 // Which kernels run. Small and large: tiles of 16 and of 64 rows, by one kernel; split: of 16, by
@@ -421,10 +421,11 @@ void Forward<X, P>::run(const ForwardCall& call) {
   const int64_t column_blocks = (f.hidden_size + kBlock - 1) / kBlock;
   params.penalty_blocks = split ? column_blocks : 1;
   Carver workspace(call.workspace);
-  const int64_t operands = f.rows * round_up(f.hidden_stride, kBlock);
+  const int64_t operands = f.rows * round_up(f.largest_bottleneck, kBlock);
   params.activated = workspace.take<T>(operands);
   if (split) {
-    params.partials = workspace.take<C>(chunks * f.rows * round_up(f.hidden_stride, kVector<C>));
+    params.partials =
+        workspace.take<C>(chunks * f.rows * round_up(f.largest_bottleneck, kVector<C>));
   }
   if (split) params.moments = workspace.take<C>(2 * f.rows * column_blocks);
   if (f.l2_lambda) params.penalties = workspace.take<C>(f.rows * params.penalty_blocks);
@@ -433,13 +434,13 @@ void Forward<X, P>::run(const ForwardCall& call) {
     return;
   }
   if (split) {
-    params.parts = Parts::make(f, 16, false);
+    params.ranges = RowRanges::make(f, 16, false);
     const auto launch_split = [&](const char* name, auto kernel, Begins begins) {
-      launch(name, kernel, params.parts.blocks * params.splits, kThreads, params.layout.bytes,
+      launch(name, kernel, params.ranges.blocks * params.splits, kThreads, params.layout.bytes,
              call.stream, params, begins);
     };
     const int64_t wanted =
-        4 * processors / std::max<int64_t>(std::min(tiles, params.parts.blocks), 1);
+        4 * processors / std::max<int64_t>(std::min(tiles, params.ranges.blocks), 1);
     params.splits = std::clamp<int64_t>(wanted, 1, chunks);
     if (f.norm_position == NormPosition::kPre) {
       take_norm<X>(params.layout, f,

@@ -48,13 +48,13 @@ struct ForwardParams {
   LinearAdapterForward problem;
   SharedLayout layout;
   ColumnOrder order;
-  Parts parts;
+  RowRanges ranges;
   Chance depth, dropout;
   Divisor sample_rows;
   int64_t splits;   // blocks that share a tile
   bool statistics;  // up kernel: only the post norm's moments
   void* activated;  // operands of the second product, by position, where shared memory has no room
-  void* partials;   // [chunks, rows, hidden_stride]: the first product's sums
+  void* partials;   // [chunks, rows, largest_bottleneck]: the first product's sums
   void* moments;    // [rows, column blocks, 2]: the post norm's mean and sum of squares
   void* penalties;  // [rows, penalty_blocks]: ||d||² of each, by position
   int64_t penalty_blocks;
@@ -451,12 +451,12 @@ class ForwardTile : public RowTile<X, P, S> {
   __device__ __forceinline__ void keep_hidden(int i, int j, C (&h)[kVector<C>], bool save) const {
     constexpr int n = kVector<C>;
     const int there = static_cast<int>(view.bottleneck) - j;
-    if (save && f.hidden && i < count && j < f.hidden_stride) {
+    if (save && f.hidden && i < count && j < f.largest_bottleneck) {
       const bool is_active = active()[i];
       C kept[n];
 #pragma unroll
       for (int e = 0; e < n; ++e) kept[e] = is_active && e < there ? h[e] : C(0);
-      const int stride = static_cast<int>(f.hidden_stride);
+      const int stride = static_cast<int>(f.largest_bottleneck);
       store(static_cast<C*>(f.hidden) + row()[i] * stride + j, kept, stride - j, stride % n == 0);
     }
     activate_all(f.activation, h);
@@ -492,10 +492,11 @@ class ForwardTile : public RowTile<X, P, S> {
   __device__ __forceinline__ void clear_hidden() const {
     if (!f.hidden) return;
     const int64_t begin = round_up(view.bottleneck, kBlock);
-    if (begin >= f.hidden_stride) return;
+    if (begin >= f.largest_bottleneck) return;
     for (int i = 0; i < count; ++i) {
-      C* to = static_cast<C*>(f.hidden) + row()[i] * f.hidden_stride;
-      for (int64_t j = begin + threadIdx.x; j < f.hidden_stride; j += S::kThreads) to[j] = C(0);
+      C* to = static_cast<C*>(f.hidden) + row()[i] * f.largest_bottleneck;
+      for (int64_t j = begin + threadIdx.x; j < f.largest_bottleneck; j += S::kThreads)
+        to[j] = C(0);
     }
   }
 
@@ -507,7 +508,7 @@ class ForwardTile : public RowTile<X, P, S> {
   }
 
   __device__ __forceinline__ int64_t activated_stride() const {
-    return round_up(f.hidden_stride, kBlock);
+    return round_up(f.largest_bottleneck, kBlock);
   }
   __device__ __forceinline__ T* activated_in_memory() const {
     return static_cast<T*>(params.activated) + first * activated_stride();

@@ -36,10 +36,10 @@ const AdapterGradients* gradients_of(const LinearAdapterBackward& problem) {
 // Kernels count columns, and the elements of a tile's rows of the bottleneck, in 32 bits.
 void check_widths(const LinearAdapterProblem& problem) {
   constexpr int64_t limit = int64_t{1} << 24;
-  if (problem.hidden_size >= limit || problem.hidden_stride >= limit) {
+  if (problem.hidden_size >= limit || problem.largest_bottleneck >= limit) {
     throw std::runtime_error(
         "linear_adapter: x: expected D and bottlenecks below 2^24 on a CUDA device, got " +
-        std::to_string(problem.hidden_size) + " and " + std::to_string(problem.hidden_stride));
+        std::to_string(problem.hidden_size) + " and " + std::to_string(problem.largest_bottleneck));
   }
 }
 
@@ -61,7 +61,7 @@ Call<ProblemType> make_call(const ProblemType& problem, void* workspace, int64_t
     adapters.down_step = table.down_step;
     adapters.up_step = table.up_step;
     adapters.gradient_vector_step = problem.hidden_size * size;
-    adapters.gradient_matrix_step = problem.hidden_size * problem.hidden_stride * size;
+    adapters.gradient_matrix_step = problem.hidden_size * problem.largest_bottleneck * size;
     return call;
   }
   const auto some = [&](Adapter* to, int64_t first, int64_t number) {

@@ -77,7 +77,7 @@ SharedLayout shared_layout(const LinearAdapterProblem& p, int64_t limit, int64_t
   static_assert(kWeightBytes<P> % 128 == 0);
   layout.weights[0] = room.take<char>(stages * kWeightBytes<P>);
   layout.weights[1] = layout.weights[0] + kWeightBytes<P>;
-  const int64_t padded = round_up(std::max<int64_t>(p.hidden_stride, 1), kBlock);
+  const int64_t padded = round_up(std::max<int64_t>(p.largest_bottleneck, 1), kBlock);
   const int64_t pitch = padded + 16 / static_cast<int64_t>(sizeof(T));
   // The first product is over when the second begins, which then has its memory.
   SharedRoom lefts(stages == kPartTiles ? layout.weights[0] + 2 * kWeightBytes<P> : room.bytes());

@@ -123,29 +123,29 @@ __device__ __forceinline__ int64_t row_at(const RoutingView& routing, const Divi
   return sample * routing.rows_per_sample + row;
 }
 
-// Part of an adapter's rows. Adapter `adapters` stands for the rows without one.
+// A range of an adapter's rows. Adapter `adapters` stands for the rows without one.
 struct Segment {
   int adapter;
   int64_t begin, end;  // positions of all rows of the adapter
-  int64_t part;        // which part of them; it may be one that is not there
+  int64_t range;       // which range of them; it may be one that is not there
 };
 
-// How blocks are dealt out to parts of `size` rows of every adapter, without the host knowing the
+// How blocks are dealt out to ranges of `size` rows of every adapter, without the host knowing the
 // offsets. Few adapters: one whose rows begin at o takes the blocks from floor(o / size) + its
 // index on, which leaves each at least one and always enough. More adapters than rows: there is a
-// block for every row, and those at which a part begins have work.
-struct Parts {
+// block for every row, and those at which a range begins have work.
+struct RowRanges {
   Divisor size;
   int64_t blocks;
   bool by_row;
 
-  static Parts make(const LinearAdapterProblem& problem, int64_t size, bool every_adapter) {
+  static RowRanges make(const LinearAdapterProblem& problem, int64_t size, bool every_adapter) {
     const int64_t bound = problem.rows / size + problem.routing.adapters + 1;
     const bool by_row = !every_adapter && problem.rows < bound;
     return {size, by_row ? std::max<int64_t>(problem.rows, 1) : bound, by_row};
   }
 
-  // The part of a block. Warps search on their own, each lane one candidate.
+  // The range of a block. Warps search on their own, each lane one candidate.
   __device__ __forceinline__ Segment find(const RoutingView& routing, int64_t block) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const auto first_block = [&](int64_t a) {
@@ -177,8 +177,8 @@ struct Parts {
     const int adapter = static_cast<int>(low);
     if (!by_row) return {adapter, begin, end, index};
     int64_t row;
-    const int64_t part = size.divide(index, row);
-    return {adapter, begin, end, row == 0 ? part : end - begin};
+    const int64_t range = size.divide(index, row);
+    return {adapter, begin, end, row == 0 ? range : end - begin};
   }
 };
 

@@ -19,7 +19,7 @@ namespace {
 
 struct Call {
   int64_t backward, threads, data_type, weight_type, operand_type, activation, norm_position,
-      depth_mode, residual, rows, hidden_size, hidden_stride, samples, adapters, stacked;
+      depth_mode, residual, rows, hidden_size, largest_bottleneck, samples, adapters, stacked;
   double eps, dropout, stochastic_depth;
 };
 
@@ -87,7 +87,7 @@ void run(const Call& call) {
   problem.stochastic_depth = call.stochastic_depth;
   problem.rows = call.rows;
   problem.hidden_size = call.hidden_size;
-  problem.hidden_stride = call.hidden_stride;
+  problem.largest_bottleneck = call.largest_bottleneck;
   problem.routing.adapters = call.adapters;
   problem.routing.samples = call.samples;
   problem.routing.rows_per_sample = call.samples ? call.rows / call.samples : 0;
@@ -100,8 +100,8 @@ void run(const Call& call) {
   const size_t adapters = static_cast<size_t>(call.adapters);
   std::vector<AdapterView> views(call.stacked ? 1 : adapters);
   views.reserve(1);  // a list is not null
-  for (const auto kind : {&AdapterView::norm_weight, &AdapterView::norm_bias, &AdapterView::down,
-                          &AdapterView::up}) {
+  for (const auto kind :
+       {&AdapterView::norm_weight, &AdapterView::norm_bias, &AdapterView::down, &AdapterView::up}) {
     for (AdapterView& view : views) view.*kind = arrays.input();
   }
   for (size_t a = 0; a < views.size(); ++a) {
@@ -109,7 +109,7 @@ void run(const Call& call) {
     views[a].down_stride = call.hidden_size;
   }
   const int64_t vector = call.hidden_size * size_of(problem.weight_type);
-  const int64_t matrix = call.hidden_stride * vector;
+  const int64_t matrix = call.largest_bottleneck * vector;
   if (call.stacked) {
     problem.adapters = {nullptr, views[0], vector, vector, matrix, matrix};
   } else {
@@ -137,7 +137,7 @@ void run(const Call& call) {
     backward.rstd = arrays.input();
     backward.grad_x = arrays.output();
     std::vector<AdapterGradients> gradients(adapters);
-    const auto set = [&](void* AdapterGradients::*kind, int64_t step) {
+    const auto set = [&](void* AdapterGradients::* kind, int64_t step) {
       char* stack = call.stacked ? arrays.output() : nullptr;
       for (size_t a = 0; a < adapters; ++a) {
         if (!call.stacked) {

@@ -63,7 +63,7 @@ void allow_inputs(Allowed& allowed, const LinearAdapterProblem& p) {
 }
 void allow_saved(Allowed& allowed, const LinearAdapterProblem& p, const void* hidden,
                  const void* mean, const void* rstd) {
-  allowed.add("hidden", hidden, p.rows * p.hidden_stride * size_of_sums(p));
+  allowed.add("hidden", hidden, p.rows * p.largest_bottleneck * size_of_sums(p));
   allowed.add("mean", mean, p.rows * size_of_sums(p));
   allowed.add("rstd", rstd, p.rows * size_of_sums(p));
 }
