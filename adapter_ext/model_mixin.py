@@ -381,6 +381,12 @@ class AdapterModelPTMixin(AdapterModuleMixin):
             _renamed(config, lambda k: k if k == self.adapter_global_cfg_key else new_name(k)),
         )
         self.update_adapter_cfg(config)
+        frozen = self.__dict__.get("_required_grad")  # what freeze() noted, by parameter name
+        if frozen is not None:
+            moved = ((_moved(key, new_name), required) for key, required in frozen.items())
+            self.__dict__["_required_grad"] = {
+                k: required for k, required in moved if k is not None
+            }
 
     # --- Files ------------------------------------------------------------------------------------
 
@@ -608,6 +614,18 @@ def _renamed(config: DictConfig, new_name: Callable[[str], str | None]) -> dict[
     """The nodes, which keep their flags and interpolations, by their new names."""
     renamed = ((new_name(str(key)), config._get_node(key)) for key in config)
     return {key: node for key, node in renamed if key is not None}
+
+
+def _moved(parameter: str, new_name: Callable[[str], str | None]) -> str | None:
+    """The name of a parameter after adapters were renamed; None if its adapter was removed."""
+    parts = parameter.split(".")
+    for i in range(1, len(parts)):
+        if parts[i - 1] == "adapter_layer":
+            name = new_name(parts[i])
+            if name is None:
+                return None
+            parts[i] = name
+    return ".".join(parts)
 
 
 def refill(config: DictConfig, content: Mapping[str, Any]) -> None:

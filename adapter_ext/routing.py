@@ -69,8 +69,8 @@ def route_adapters(module: nn.Module, names: Sequence[str | None] | Tensor) -> I
     them alone. With indices every enabled adapter that the op computes gets one, zero for those
     without samples, so that the same code, compiled or not, does for any indices; for that, all
     adapters go through the op in training, where gradients are enabled, and in compiled code, which
-    takes long with thousands of them. In several processes, where gradients are summed, names give
-    one to all enabled adapters that are trained, too.
+    takes long with thousands of them. In a process group of ``torch.distributed``, where gradients
+    are summed over processes, names give one to all enabled adapters that are trained, too.
     :func:`adapter_ext.optim.drop_idle_gradients` tells those zeros from others.
 
     Args:

@@ -899,3 +899,21 @@ def test_weights_that_are_too_large_for_the_models_type(suffix, tmp_path):
         other.load_adapters(tmp_path / f"x{suffix}")
     assert not other.is_adapter_available()
     other.bfloat16().load_adapters(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_freeze_noted_follows_a_rename(again):
+    """It went by the old name: what had not required grad did so afterwards."""
+    model = make_model(StockModel, "a1", "x1")
+    for host in hosts(model).values():
+        host.adapter_layer.a1.requires_grad_(False)
+    model.freeze()
+    if again:
+        model.remove_adapter("a1")
+        model.add_adapter("a1", adapter_config())
+    else:
+        model.rename_adapter("a1", "b1")
+    model.unfreeze(partial=True)
+    for host in hosts(model).values():
+        for name, adapter in host.adapter_layer.items():
+            assert all(p.requires_grad == (name != "b1") for p in adapter.parameters())
