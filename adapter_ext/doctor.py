@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 
@@ -52,7 +53,7 @@ def cuda_devices() -> str:
 
 def cpu_model() -> str:
     """The processor's name."""
-    with open("/proc/cpuinfo") as lines:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             if line.startswith("model name"):  # which not all processors' have
                 return line.partition(":")[2].strip()

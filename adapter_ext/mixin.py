@@ -369,9 +369,17 @@ class AdapterModuleMixin(ABC):
             if changed:
                 # The model's other modules would go on as before, against their configuration.
                 raise ValueError(_OF_A_MODEL.format(changed[0]))
+        earlier: dict[str, Any] = {}
         with extensible(config):
-            for key in names:
-                config[key]["enabled"] = bool(enabled)
+            try:
+                for key in names:
+                    before = config[key].get("enabled", True)
+                    config[key]["enabled"] = bool(enabled)
+                    earlier[key] = before
+            except BaseException:  # one is read-only, for instance
+                for key, before in earlier.items():
+                    config[key]["enabled"] = before
+                raise
         self._enable(dict.fromkeys(names, bool(enabled)))
 
     def get_enabled_adapters(self) -> list[str]:

@@ -1193,15 +1193,17 @@ def test_silu_is_what_the_reference_uses():
     torch.testing.assert_close(formula(adapter, x), expected)
 
 
-def test_enabling_that_fails_changes_no_host():
-    """The hosts before the one whose configuration is read-only were changed."""
+@pytest.mark.parametrize("name", ["b", None])
+def test_enabling_that_fails_changes_no_host(name):
+    """The hosts, and adapters, before the one whose configuration is read-only were changed."""
     model = nn.Sequential(make_block("a", "b"), make_block("a", "b"))
-    OmegaConf.set_readonly(model[1].adapter_cfg, True)
+    OmegaConf.set_readonly(model[1].adapter_cfg.b, True)
     with pytest.raises(ReadonlyConfigError):
-        ax.set_enabled_adapters(model, "a", False)
+        ax.set_enabled_adapters(model, name, False)
     for host in model:
         assert host.get_enabled_adapters() == ["a", "b"]
         assert host.adapter_cfg.a.enabled
+        assert host.adapter_cfg.b.enabled
 
 
 def test_renaming_in_all_hosts_or_in_none():
