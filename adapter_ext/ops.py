@@ -202,6 +202,24 @@ def linear_adapter(
     return y, aux
 
 
+def raw_forward_arguments(
+    x: Tensor, weights: AdapterWeights, routing: Routing | None = None, **options: Any
+) -> tuple[Any, ...]:
+    """The positional arguments of the native ops linear_adapter and linear_adapter_forward.
+
+    Args:
+        x: as in :func:`linear_adapter`.
+        weights: likewise.
+        routing: likewise.
+        options: the keyword arguments of :func:`linear_adapter`.
+
+    Returns:
+        The arguments, without those at the end that have their default value.
+    """
+    defaults = linear_adapter.__kwdefaults__ or {}
+    return _arguments(x, weights, routing, *{**defaults, **options}.values())
+
+
 def _flatten(weights: AdapterWeights) -> list[Tensor]:
     """The weights as the native ops take them, in one list; a stack is a list of one tensor."""
     try:

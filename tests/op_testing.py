@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapter_ext
-from adapter_ext import _C, AdapterWeights, Routing, ops, reference
+from adapter_ext import _C, AdapterWeights, Routing, reference
 
 # dtype → (rtol, atol). An element may differ from the float64 reference by rtol of its own
 # magnitude plus atol of the largest magnitude in its tensor, or of one, which is the magnitude of x
@@ -50,18 +50,6 @@ Results = dict[str, Tensor]
 def on_default_device(tensor: Tensor) -> Tensor:
     """The tensor where torch makes new ones."""
     return tensor.to(torch.get_default_device())
-
-
-def raw_forward_arguments(
-    x: Tensor, weights: AdapterWeights, routing: Routing | None = None, **options: Any
-) -> tuple[Any, ...]:
-    """The positional arguments of the native ops linear_adapter and linear_adapter_forward.
-
-    Those at the end that have their default value are left out; ``options`` are the keyword
-    arguments of :func:`adapter_ext.linear_adapter`.
-    """
-    defaults = adapter_ext.linear_adapter.__kwdefaults__ or {}
-    return ops._arguments(x, weights, routing, *{**defaults, **options}.values())
 
 
 def make_weights(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from op_testing import make_weights, raw_forward_arguments, replace
+from op_testing import make_weights, replace
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -391,7 +391,7 @@ def test_a_count_of_numpys_is_a_count() -> None:
 def test_half_a_routing() -> None:
     """The op took it for none, and gave rows without an adapter the one there is."""
     x, one = torch.randn(4, D), AdapterWeights(*(w[:1] for w in weights()))
-    arguments = list(raw_forward_arguments(x, one, routing(4, num_adapters=1)))
+    arguments = list(adapter_ext.ops.raw_forward_arguments(x, one, routing(4, num_adapters=1)))
     for missing in (2, 3):
         some = [None if i == missing else value for i, value in enumerate(arguments)]
         with pytest.raises(RuntimeError, match=r"linear_adapter: routing: expected both"):
@@ -400,7 +400,7 @@ def test_half_a_routing() -> None:
 
 def test_tensors_of_another_device_in_the_backward() -> None:
     x = torch.randn(4, 2, D)
-    arguments = list(raw_forward_arguments(x, weights(), routing(4)))
+    arguments = list(adapter_ext.ops.raw_forward_arguments(x, weights(), routing(4)))
     y, _, saved = torch.ops.adapter_ext.linear_adapter_forward(*arguments)
     needed = [1] * (1 + len(arguments[1]))
     with pytest.raises(RuntimeError, match=r"saved: expected a tensor on the device of x"):
@@ -418,7 +418,7 @@ def test_forged_routing_cannot_crash(name: str) -> None:
 def test_gradient_of_another_shape_in_the_backward() -> None:
     """As many elements in other rows were taken for it."""
     x = torch.randn(4, 2, D)
-    arguments = list(raw_forward_arguments(x, weights(), routing(4)))
+    arguments = list(adapter_ext.ops.raw_forward_arguments(x, weights(), routing(4)))
     y, _, saved = torch.ops.adapter_ext.linear_adapter_forward(*arguments)
     needed = [1] * (1 + len(arguments[1]))
     with pytest.raises(RuntimeError, match=r"grad_y: expected the shape of x, \[4, 2, .*\[2, 4, "):

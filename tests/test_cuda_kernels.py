@@ -14,7 +14,7 @@ from typing import Any
 import op_testing
 import pytest
 import torch
-from op_testing import ROUTINGS, Case, assert_results_close, check, raw_forward_arguments
+from op_testing import ROUTINGS, Case, assert_results_close, check
 from simt import build, plugin
 
 import adapter_ext
@@ -317,7 +317,7 @@ def test_too_wide(request: pytest.FixtureRequest) -> None:
     _simulator(request, 4)
     x = torch.zeros(1, 2**24, dtype=torch.bfloat16)
     weights = op_testing.make_weights([1], 2**24, dtype=torch.bfloat16)
-    arguments = raw_forward_arguments(x, weights, None)
+    arguments = adapter_ext.ops.raw_forward_arguments(x, weights, None)
     with pytest.raises(RuntimeError, match=r"linear_adapter: x: expected D .* got 16777216 and 1"):
         plugin.simulated_ops()["_inference"](*arguments)
 

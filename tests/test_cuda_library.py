@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_testing import Case, map_weights, raw_forward_arguments
+from op_testing import Case, map_weights
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -94,7 +94,9 @@ class FakeCall:
 
     def raw_arguments(self) -> tuple[Any, ...]:
         with self.mode:
-            return raw_forward_arguments(self.x, self.weights, self.routing, **self.options)
+            return adapter_ext.ops.raw_forward_arguments(
+                self.x, self.weights, self.routing, **self.options
+            )
 
 
 ALL_OPTIONS = {"training": True, "dropout": 0.2, "stochastic_depth": 0.4, "l2_lambda": "tensor"}
@@ -191,7 +193,9 @@ def test_tensor_on_another_device(argument: str) -> None:
 
 def test_tf32_is_for_cuda_alone() -> None:
     call = Case().build()
-    arguments = list(raw_forward_arguments(call.x, call.weights, call.routing, eps=0.1))
+    arguments = list(
+        adapter_ext.ops.raw_forward_arguments(call.x, call.weights, call.routing, eps=0.1)
+    )
     arguments[COMPUTE_TYPE] = TF32
     with pytest.raises(RuntimeError, match=r"compute_type: expected TF32 .* on a CUDA device"):
         native.linear_adapter(*arguments)
@@ -249,7 +253,7 @@ def test_tf32_is_for_float32_alone(matmul_settings: Any, case: Case, expected: i
 def test_tf32_does_not_concern_the_cpu(matmul_settings: Any) -> None:
     matmul_settings.fp32_precision = "tf32"
     call = Case().build()
-    arguments = raw_forward_arguments(call.x, call.weights, call.routing, eps=0.1)
+    arguments = adapter_ext.ops.raw_forward_arguments(call.x, call.weights, call.routing, eps=0.1)
     assert arguments[COMPUTE_TYPE] == -1
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_testing import Case, Recorder, raw_forward_arguments
+from op_testing import Case, Recorder
 from torch import Tensor
 
 import adapter_ext
@@ -61,7 +61,9 @@ def test_route(shape: tuple[int, ...]) -> None:
 @every_case
 def test_forward(case: Case) -> None:
     call = case.build()
-    arguments = raw_forward_arguments(call.x, call.weights, call.routing, **call.options)
+    arguments = adapter_ext.ops.raw_forward_arguments(
+        call.x, call.weights, call.routing, **call.options
+    )
     opcheck(torch.ops.adapter_ext.linear_adapter_forward.default, arguments)
 
 
@@ -69,7 +71,9 @@ def test_forward(case: Case) -> None:
 def test_inference(case: Case) -> None:
     """The op without anything saved, which runs where no gradient is wanted."""
     call = case.build().requires_grad_([])
-    arguments = raw_forward_arguments(call.x, call.weights, call.routing, **call.options)
+    arguments = adapter_ext.ops.raw_forward_arguments(
+        call.x, call.weights, call.routing, **call.options
+    )
     opcheck(torch.ops.adapter_ext.linear_adapter.default, arguments)
 
 
