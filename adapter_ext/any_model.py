@@ -117,7 +117,7 @@ def unfreeze_enabled_adapters(model: nn.Module, freeze_batchnorm: bool = True) -
 
 
 def set_enabled_adapters(model: nn.Module, name: str | None = None, enabled: bool = True) -> None:
-    """Enables or disables an adapter in all hosts of a model.
+    """Enables or disables an adapter in all hosts of a model, or in none if one fails.
 
     Args:
         model: any module with hosts.

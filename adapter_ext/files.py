@@ -64,7 +64,7 @@ _MAX_KEY_PARTS = 256
 _MAX_VALUES = 100_000
 # More than the instructions of a pickle can make: it would have to use the same state often.
 _MAX_ENTRIES = 600_000
-_MAX_CHARACTERS = 2**20
+_MAX_CHARACTERS = 2**20  # of one configuration: what is shared counts each time
 _LAYER = "adapter_layer"
 
 # Of what files hold, which may be lists of lists, shared: written out they can be endless.
@@ -192,7 +192,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         The temporary file, open for writing and reading.
 
     Raises:
-        OSError: if the file can't be written.
+        OSError: if the file can't be written, or path is something else than a file.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not (target.is_file() or target.is_dir()):

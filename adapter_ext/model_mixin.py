@@ -438,7 +438,8 @@ class AdapterModelPTMixin(AdapterModuleMixin):
 
         Args:
             filepath: the file, ``.safetensors`` or ``.pt``.
-            name: the adapter, with or without its place; None means all in the file.
+            name: the adapter, as the file has it: alone, or with the place that it was added with;
+                None means all in the file.
             map_location: the device to read to, None for the CPU; the adapters end up on the device
                 and in the type of the modules that they are added to.
             strict: whether the file must hold exactly an adapter's parameters. What it holds must

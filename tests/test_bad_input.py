@@ -333,10 +333,11 @@ VALUES = [
 )
 def test_tensors(bad: Bad, mode: Callable[[], AbstractContextManager[Any]]) -> None:
     """In forward mode, where the reference takes the op's place, none was an error."""
-    if mode is forward_ad.dual_level and bad.name.endswith("non-contiguous"):
-        pytest.skip("the reference takes any strides")
     with mode():
-        assert message_of(bad).startswith("linear_adapter:")
+        if mode is forward_ad.dual_level and bad.name.endswith("non-contiguous"):
+            call(**bad.arguments)  # the reference takes any strides
+        else:
+            assert message_of(bad).startswith("linear_adapter:")
 
 
 @pytest.mark.parametrize("bad", VALUES, ids=lambda bad: bad.name)
@@ -435,11 +436,7 @@ def test_gradient_of_another_shape_in_the_backward() -> None:
         ("stochastic_depth", 2.0, r"stochastic_depth: expected a value in \[0, 1\], got 2"),
         ("eps", -1.0, "eps: expected a finite value above 0, got -1"),
         ("eps", math.inf, "eps: expected a finite value above 0, got inf"),
-        (
-            "compute_type",
-            0,
-            "compute_type: expected float64 with x of float64 alone, got",
-        ),
+        ("compute_type", 0, "compute_type: expected float64 with x of float64 alone, got"),
         ("compute_type", 4, "compute_type: expected TF32 with x of float32 on a CUDA device"),
     ],
 )

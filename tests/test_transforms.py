@@ -151,6 +151,21 @@ def test_tangents_go_through_the_backward(case: Case, create_graph: bool) -> Non
             torch.testing.assert_close(torch.zeros_like(tangent) if got is None else got, tangent)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_mode_keeps_weights_of_float32(dtype: torch.dtype) -> None:
+    """It rounded them to the type of x, as the op on the CPU does not."""
+    call = Case(shape=(4, 2, 7)).build()
+    x = call.x.to(dtype)
+    options = {"training": True, "l2_lambda": 1.0, "compute_dtype": dtype}
+    want = linear_adapter(x, call.weights, call.routing, **options)[1]  # in float32
+    with fwad.dual_level():
+        got = linear_adapter(x, call.weights, call.routing, **options)[1]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    rounded = map_weights(lambda w: w.to(dtype).float(), call.weights)
+    other = linear_adapter(x, rounded, call.routing, **options)[1]
+    assert (other - want).abs().max() > 1e-4 * want.abs().max()
+
+
 def test_saved_values_are_those_of_the_forward() -> None:
     """The backward took those of the seed, the routing and the losses' weights from now."""
     call = CASES["training"].build()
